@@ -1,0 +1,143 @@
+"""Hugging Face model folders: checked before they are loaded, and saved so that equal weights give equal bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+from cdpo_core.errors import InputError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PATH_STARTS = ("/", ".", "~")
+# What transformers writes into its JSON files that is no content: where a model came from, and its own version.
+VOLATILE_KEYS = ("_name_or_path", "name_or_path", "transformers_version", "tokenizers_version")
+
+
+def check_model_folder(path: str | Path) -> None:
+    """Check a local model folder without loading it: config, safetensors weights, none of them cut short.
+
+    Args:
+        path: a folder in Hugging Face's layout.
+
+    Raises:
+        InputError: the folder or its config.json is missing or broken, it holds no safetensors, or
+            a weight file is shorter or longer than its own header says.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise InputError("the model folder does not exist", where=str(path), fix="check the path, or give a hub id")
+    read_model_config(folder)
+    for file in weight_files(folder):
+        _check_safetensors(file)
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json.
+
+    Raises:
+        InputError: it is missing, not JSON, or not an object.
+    """
+    path = folder / "config.json"
+    fix = "point at the folder that save_pretrained wrote"
+    if not path.is_file():
+        raise InputError("the model folder has no config.json", where=str(folder), fix=fix)
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"config.json is not JSON: {error}", where=str(path), fix=fix) from error
+    if not isinstance(config, dict):
+        raise InputError("config.json holds no object", where=str(path), fix=fix)
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files, all shards that its index names.
+
+    Raises:
+        InputError: there are none, or a shard is missing.
+    """
+    index = folder / INDEX
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not index.is_file():
+        raise _no_safetensors(folder)
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise InputError("the index of the weights cannot be read", where=str(index), fix="copy it again") from error
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(shards)} weight files are missing: {missing[0]}",
+            where=str(folder),
+            fix="copy the model folder again, whole",
+        )
+    return [folder / shard for shard in shards]
+
+
+def _no_safetensors(folder: Path) -> InputError:
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+    if not pickles:
+        return InputError(
+            f"the model folder has no {WEIGHTS}", where=str(folder), fix="point at the folder that save_pretrained wrote"
+        )
+    return InputError(
+        f"the model folder holds its weights only as pickle ({pickles[0]}), which can run code and is never read",
+        where=str(folder),
+        fix="convert it once where you trust it: load it with transformers' from_pretrained(folder, "
+        f'use_safetensors=False) and write it with save_pretrained(new_folder), which makes {WEIGHTS}',
+    )
+
+
+def _check_safetensors(path: Path) -> None:
+    """A safetensors file is 8 bytes of header length, the JSON header, then the data its offsets span."""
+    size = path.stat().st_size
+    truncated = InputError(
+        f"the weights are cut short or damaged ({size:,} bytes)", where=str(path), fix="copy or download the file again"
+    )
+    with path.open("rb") as stream:
+        start = stream.read(8)
+        if len(start) < 8:
+            raise truncated
+        (length,) = struct.unpack("<Q", start)
+        if length > size - 8:
+            raise truncated
+        try:
+            header = json.loads(stream.read(length))
+            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise truncated from error
+    if 8 + length + end != size:
+        raise truncated
+
+
+def is_local(base: str | Path) -> bool:
+    """Whether a model's name means a path: it exists, or starts with `/`, `.` or `~`; else it is a hub id."""
+    return str(base).startswith(PATH_STARTS) or Path(base).exists()
+
+
+def hub_options(base: str | Path, revision: str = "", trust_remote_code: bool = False) -> dict[str, Any]:
+    """Options for every from_pretrained call on `base`, which may be a path or a hub id."""
+    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": offline or is_local(base)}
+    if revision and not is_local(base):
+        options["revision"] = revision
+    return options
+
+
+def scrub_folder(folder: Path) -> None:
+    """Remove what is no content from the JSON files that transformers wrote, and sort their keys."""
+    for path in sorted(folder.glob("*.json")):
+        if path.name == "tokenizer.json":
+            continue
+        content = json.loads(path.read_text())
+        write_json(path, {key: value for key, value in content.items() if key not in VOLATILE_KEYS})
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an object as sorted, indented JSON with a final newline."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

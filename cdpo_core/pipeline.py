@@ -1,0 +1,127 @@
+"""The stages of the DAG: what computes each, and the config fields it receives, picked one by one.
+
+What is not named here reaches no stage: the limit is in no training stage, a round receives lambda
+and not the limit, and names, stores, tracking, devices and micro-batches are in none.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from cdpo_core.stages import Compute, Runtime, Slice, Stage
+
+DATA_FIELDS = ("data.splits", "data.held_out")
+SCRATCH_POLICY = ("policy.hidden_size", "policy.layers", "policy.heads", "policy.vocabulary_size")
+POLICY_FIELDS = (
+    "policy.base",
+    "policy.template",
+    "policy.max_prompt_tokens",
+    "policy.max_response_tokens",
+    "policy.dtype",
+    "policy.trust_remote_code",
+    *SCRATCH_POLICY,
+)
+
+
+def _core(path: str) -> Compute:
+    """The stage function at `module:name`, imported when it has to compute and not before."""
+    module, name = path.split(":")
+
+    def compute(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+        from cdpo_core.machine import use_machine
+
+        getattr(importlib.import_module(module), name)(config, inputs, out, use_machine(runtime))
+
+    compute.__module__ = module
+    return compute
+
+
+TESTBED_DATA = Stage(
+    "data",
+    "preferences",
+    _core("cdpo_core.testbed.annotators:make_world"),
+    (
+        "testbed.seed",
+        "testbed.prompts",
+        "testbed.pairs_per_prompt",
+        "testbed.demonstrations",
+        "testbed.sharpness",
+        "testbed.calibrated_limit",
+        "dpo.beta",
+        *DATA_FIELDS,
+    ),
+)
+DATA = Stage(
+    "data",
+    "preferences",
+    _core("cdpo_core.data.prepare:prepare_data"),
+    (
+        "seed",
+        "data.format",
+        "data.max_quarantined",
+        "data.max_prompt_characters",
+        "data.max_response_characters",
+        *DATA_FIELDS,
+    ),
+)
+SFT = Stage(
+    "sft",
+    "policy",
+    _core("cdpo_core.learning.sft:train_sft"),
+    ("seed", *POLICY_FIELDS, "sft.train", "sft.steps", "sft.batch", "sft.learning_rate"),
+)
+RESPONSES = Stage(
+    "responses",
+    "responses",
+    _core("cdpo_core.evaluation.sampling:sample_responses"),
+    ("seed", "policy.max_response_tokens", "policy.trust_remote_code", "sampling.temperature"),
+)
+SCORERS = Stage(
+    "scorers",
+    "scorers",
+    _core("cdpo_core.learning.preference:train_scorers"),
+    (
+        "seed",
+        "policy.max_prompt_tokens",
+        "policy.max_response_tokens",
+        "policy.trust_remote_code",
+        "reward.epochs",
+        "reward.batch",
+        "reward.learning_rate",
+    ),
+)
+SCORES = Stage("scores", "scores", _core("cdpo_core.learning.score:score_responses"))
+SPLITS = Stage("splits", "splits", _core("cdpo_core.data.splits:make_splits"), ("seed", "data.splits"))
+ROUND = Stage(
+    "round",
+    "policy",
+    _core("cdpo_core.learning.dpo:train_round"),
+    (
+        "seed",
+        "policy.lora_rank",
+        "policy.trust_remote_code",
+        "dpo.beta",
+        "dpo.labels",
+        "dpo.anchor",
+        "dpo.steps",
+        "dpo.prompts_per_step",
+        "dpo.responses_per_prompt",
+        "dpo.learning_rate",
+        "dpo.adam_beta2",
+        "dpo.averaging",
+    ),
+)
+ENUMERATION = Stage(
+    "enumeration",
+    "enumeration",
+    _core("cdpo_core.testbed.judge:enumerate_reference"),
+    ("evaluation.judged_prompts",),
+)
+JUDGEMENT = Stage(
+    "judgement",
+    "judgement",
+    _core("cdpo_core.testbed.judge:judge_policy"),
+    ("dpo.beta",),
+)

@@ -1,0 +1,45 @@
+"""The rounds: train a policy at a lambda and measure it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cdpo_core import pipeline
+from cdpo_core.artifacts import ArtifactRef
+from cdpo_core.evaluation.measure import Measured, join_scores
+from tasks.data import sample_split
+from tasks.preference_models import score
+from tasks.records import Prepared, Scored
+from tasks.workbench import Workbench
+
+
+def train_policy(
+    bench: Workbench,
+    prepared: Prepared,
+    scored: Scored,
+    lambda_: Sequence[float],
+    previous: ArtifactRef | None = None,
+) -> ArtifactRef:
+    """DPO on preferences re-decided at lambda, from the reference or from the previous round's policy."""
+    inputs = {
+        "reference": prepared.reference,
+        "responses": scored.responses,
+        "scores": scored.scores,
+        "splits": scored.splits,
+    }
+    if previous is not None:
+        inputs["previous"] = previous
+    names = [item.name for item in bench.config.constraints]
+    label = "policy at λ = " + ", ".join(f"{value:g}" for value in lambda_)
+    return bench.run(pipeline.ROUND, inputs, label, lambda_=list(lambda_), names=names)
+
+
+def measure_policy(
+    bench: Workbench, prepared: Prepared, scored: Scored, policy: ArtifactRef, split: str, samples: int, label: str
+) -> Measured:
+    """Sample a policy on one split and score what it says."""
+    responses = sample_split(
+        bench, policy, prepared.data, split, samples, f"{label}: responses", scored.splits, prepared.reference
+    )
+    scores = score(bench, prepared.data, responses, scored.scorers, f"{label}: scores")
+    return join_scores(bench.table(responses, "responses"), bench.table(scores, "scores"))

@@ -1,0 +1,109 @@
+"""What every task works with: the config, the store, the scratch folder and the machine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed, State
+
+from cdpo_core.artifacts import ArtifactRef, Store
+from cdpo_core.config import ExperimentConfig
+from cdpo_core.stages import Progress, Runtime, Stage, StageResult, compute_stage, manifest_of, no_progress, pick, resolve
+from tasks.environment import cdpo_home
+from tasks.storage import open_store
+
+log = logging.getLogger(__name__)
+
+_progress: Progress = no_progress
+
+
+def report_progress_to(progress: Progress) -> None:
+    """Send the progress of every later stage of this process to `progress(what, done, total)`."""
+    global _progress
+    _progress = progress
+
+
+@dataclass
+class Workbench:
+    """One experiment's tools; `results` collects what each stage did, in order."""
+
+    config: ExperimentConfig
+    store: Store
+    scratch_root: Path
+    results: list[StageResult] = field(default_factory=list)
+
+    def run(self, stage: Stage, inputs: Mapping[str, ArtifactRef], label: str = "", **extra: Any) -> ArtifactRef:
+        """Run one stage as a Prefect task, which shows as `Cached` when the store has it already.
+
+        Args:
+            stage: the stage.
+            inputs: the artifacts it reads, by the names it knows them by.
+            label: what the UIs and the progress call this use of the stage; the stage's name if "".
+            extra: slice values that are no config field (lambda, split).
+        """
+        label = label or stage.name
+        as_task = _stage_task.with_options(name=label, task_run_name=label)
+        state = as_task(self, stage, dict(inputs), label, extra, return_state=True)
+        result: StageResult = state.result()
+        self.results.append(result)
+        return result.ref
+
+    def runtime(self, label: str) -> Runtime:
+        """The machine as configured; progress is reported under the label."""
+        compute = self.config.compute
+        report = _progress
+
+        def progress(what: str, done: int, total: int) -> None:
+            report(label, done, total)
+
+        return Runtime(compute.device, compute.threads, compute.micro_batch, None, progress)
+
+    def folder(self, ref: ArtifactRef) -> Path:
+        """The artifact's files, verified."""
+        return resolve(ref, self.store)
+
+    def table(self, ref: ArtifactRef, name: str) -> pd.DataFrame:
+        """One table of an artifact."""
+        return pd.read_parquet(self.folder(ref) / f"{name}.parquet")
+
+    def seconds(self, ref: ArtifactRef) -> float:
+        """How long the artifact took to compute, whenever that was."""
+        return manifest_of(ref, self.store).seconds
+
+    def created(self, ref: ArtifactRef) -> str:
+        """When the artifact was computed (UTC, ISO 8601)."""
+        return manifest_of(ref, self.store).created
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def _stage_task(
+    bench: Workbench, stage: Stage, inputs: Mapping[str, ArtifactRef], label: str, extra: dict[str, Any]
+) -> State:
+    slice_ = pick(bench.config, stage.fields, **extra)
+    result = compute_stage(stage, slice_, inputs, bench.store, bench.runtime(label), bench.scratch_root)
+    _progress(label, 1, 1)
+    log.info("%s: %s in %.1f s", label, "cached" if result.cached else "computed", result.seconds)
+    return Completed(name="Cached" if result.cached else "Completed", data=result)
+
+
+@lru_cache(maxsize=16)
+def _store_at(uri: str) -> Store:
+    return open_store(uri)
+
+
+def store_of(config: ExperimentConfig) -> Store:
+    """The experiment's store; one object for each address and process."""
+    return _store_at(config.store.uri or str(cdpo_home() / "store"))
+
+
+def open_workbench(config: ExperimentConfig) -> Workbench:
+    """The workbench of one experiment."""
+    return Workbench(config, store_of(config), cdpo_home() / "scratch")
