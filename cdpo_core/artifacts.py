@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
+import re
+import time
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from cdpo_core.errors import CorruptArtifact, InputError
 
 BLOCK = 1 << 20
+
+_RECORD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=@+-]*(/[A-Za-z0-9_][A-Za-z0-9._=@+-]*)*")
 
 
 class ArtifactRef(BaseModel):
@@ -32,8 +38,8 @@ class FileEntry(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    sha256: str
-    size: int
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size: int = Field(ge=0)
 
 
 class Manifest(BaseModel):
@@ -54,18 +60,42 @@ class Manifest(BaseModel):
     host: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
 
+    @field_validator("files")
+    @classmethod
+    def _inside_the_artifact(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        for path in files:
+            if not path or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+                raise ValueError(f"{path!r} is not a path inside the artifact")
+        return files
+
+    @property
+    def entries(self) -> list[FileEntry]:
+        """The distinct objects the artifact is made of."""
+        return list({entry.sha256: entry for entry in self.files.values()}.values())
+
 
 class Store(Protocol):
-    """What a store must do. Local folder: LocalStore; S3: tasks.storage.S3Store."""
+    """What a store must do. Local folder: LocalStore; S3: tasks.s3_store.S3Store."""
 
     uri: str
 
     def find(self, stage: str, key: str) -> Manifest | None:
-        """The manifest of a finished stage, or None."""
+        """The manifest of a finished stage, or None; an unreadable manifest is set aside and said."""
         ...
 
     def publish(self, folder: Path, manifest: Manifest) -> Manifest:
         """Store the folder's files, then the manifest if absent; returns the manifest that won."""
+        ...
+
+    def check(self, manifest: Manifest) -> None:
+        """Check that the artifact is whole, as far as that costs no transfer.
+
+        A folder store verifies every byte; a remote one that every object is there in its full
+        size, and leaves the bytes to `fetch`.
+
+        Raises:
+            CorruptArtifact: an object is missing, cut short or not what was stored.
+        """
         ...
 
     def fetch(self, manifest: Manifest) -> Path:
@@ -77,11 +107,14 @@ class Store(Protocol):
         ...
 
     def set_aside(self, manifest: Manifest) -> None:
-        """Move a corrupt artifact's manifest and its bad objects out of the way (kept, not deleted)."""
+        """Move a corrupt artifact's manifest and its bad objects out of the way (kept, not deleted).
+
+        Nothing happens when another process has replaced the manifest since.
+        """
         ...
 
     def manifests(self) -> list[Manifest]:
-        """Every manifest in the store."""
+        """Every readable manifest in the store, sorted by (stage, key)."""
         ...
 
     def put_record(self, name: str, record: dict[str, Any]) -> bool:
@@ -118,6 +151,31 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+_hashed: dict[str, tuple[tuple[int, int, int], str]] = {}
+
+
+def has_content(path: Path, entry: FileEntry) -> bool:
+    """Whether the file is there with exactly the entry's bytes.
+
+    A file is read once in a process, and again only when its inode, size or time has changed.
+    """
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    if status.st_size != entry.size:
+        return False
+    signature = (status.st_ino, status.st_size, status.st_mtime_ns)
+    known = _hashed.get(str(path))
+    if known is None or known[0] != signature:
+        started = time.time()
+        known = (signature, file_sha256(path))
+        # A file written within the clock's tick of now could still change and keep its time.
+        if status.st_mtime < started - 1:
+            _hashed[str(path)] = known
+    return known[1] == entry.sha256
+
+
 def folder_files(folder: Path) -> dict[str, FileEntry]:
     """Every file below a folder by its relative posix path, sorted."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -134,7 +192,57 @@ def files_digest(files: dict[str, FileEntry]) -> str:
 
 
 def external_ref(path: str | Path) -> ArtifactRef:
-    """A reference to a file or folder of the user's, by its content digest, never by its path."""
+    """A reference to a file or folder of the user's, by its content digest, never by its path.
+
+    Raises:
+        InputError: nothing readable is there.
+    """
     path = Path(path).expanduser()
-    files = folder_files(path) if path.is_dir() else {"": FileEntry(sha256=file_sha256(path), size=path.stat().st_size)}
+    try:
+        whole = path.is_dir()
+        files = folder_files(path) if whole else {"": FileEntry(sha256=file_sha256(path), size=path.stat().st_size)}
+    except OSError as error:
+        raise InputError(
+            f"cannot read the input: {error.strerror}", where=str(path), fix="check the path and its permissions"
+        ) from error
     return ArtifactRef(uri=str(path.resolve()), digest=files_digest(files), kind="external")
+
+
+def parse_manifest(text: str | bytes, stage: str, key: str) -> Manifest:
+    """The manifest stored for (stage, key).
+
+    Raises:
+        CorruptArtifact: the text is no manifest, not this stage's, or does not match its own digest.
+    """
+    where = f"stages/{stage}/{key}.json"
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        raise CorruptArtifact("a manifest cannot be read", where=where) from error
+    if (manifest.stage, manifest.key) != (stage, key) or manifest.digest != files_digest(manifest.files):
+        raise CorruptArtifact("a manifest does not describe the artifact it is stored for", where=where)
+    return manifest
+
+
+def parse_record(text: str | bytes, name: str) -> dict[str, Any]:
+    """The record stored under a name.
+
+    Raises:
+        CorruptArtifact: the text is not a JSON object.
+    """
+    try:
+        record = json.loads(text)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise CorruptArtifact(
+            "a record in the store cannot be read", where=f"records/{name}.json", fix="remove that file"
+        )
+    return record
+
+
+def checked_name(name: str) -> str:
+    """The name of a record, if it is one: words of letters, digits and `._=@+-`, joined by `/`."""
+    if not _RECORD_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} cannot name a record")
+    return name

@@ -39,7 +39,7 @@ class SplitSizes(Section):
 class DataConfig(Section):
     """Where the preferences come from and how they are split."""
 
-    source: str = Field("testbed", min_length=1, description="`testbed`, a file or folder (.jsonl, .parquet, .csv, also .gz), or a hub id.", json_schema_extra={"position": 0})
+    source: str = Field("testbed", description="`testbed`, a file or folder (.jsonl, .parquet, .csv, also .gz), or a hub id; empty must be set before a run.", json_schema_extra={"position": 0})
     revision: str = Field("", description="Hub revision to pin; empty takes the newest and records it.", json_schema_extra={"position": 1})
     format: Literal["auto", "pku_saferlhf", "beavertails", "hh_rlhf", "helpsteer"] = Field("auto", description="Column layout; `auto` recognises it by its columns.", json_schema_extra={"position": 2})
     max_quarantined: float = Field(0.02, ge=0, le=1, description="Share of unusable rows above which the run is refused.", json_schema_extra={"position": 3})
@@ -185,6 +185,7 @@ class TrackingConfig(Section):
     uri: str = Field("", description="MLflow server or database; empty is MLFLOW_TRACKING_URI, else sqlite under CDPO_HOME.", json_schema_extra={"position": 1})
     experiment: str = Field("cdpo", min_length=1, description="MLflow experiment.", json_schema_extra={"position": 2})
     register_model: bool = Field(True, description="Register a certified policy as a model version.", json_schema_extra={"position": 3})
+    parent_run: str = Field("", description="MLflow run of the sweep this experiment belongs to; sweeps set it.", json_schema_extra={"position": 4})
 
 
 class ComputeConfig(Section):

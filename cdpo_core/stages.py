@@ -6,18 +6,15 @@ exactly those and the code that computes it, so nothing else implements caching 
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import importlib.util
 import json
 import logging
 import platform
+import re
 import shutil
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -26,10 +23,15 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from cdpo_core.artifacts import ArtifactRef, Manifest, Store, files_digest, folder_files
-from cdpo_core.errors import CorruptArtifact
+from cdpo_core.artifacts import ArtifactRef, Manifest, Store, external_ref, files_digest, folder_files
+from cdpo_core.code_version import code_version
+from cdpo_core.errors import CorruptArtifact, InputError
+from cdpo_core.scratch import held_folder
 
 log = logging.getLogger(__name__)
+
+_AGAIN = "run the same command again: it is computed again, what is whole is kept"
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 Progress = Callable[[str, int, int], None]
 
@@ -77,9 +79,14 @@ def pick(config: BaseModel, fields: tuple[str, ...], **extra: Any) -> Slice:
         for name in sections:
             source = getattr(source, name)
             target = target.setdefault(name, {})
-        value = getattr(source, last)
-        target[last] = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+        target[last] = _plain(getattr(source, last))
     return Slice({**values, **extra})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 Compute = Callable[[Slice, Mapping[str, Path], Path, Runtime], None]
@@ -115,33 +122,58 @@ class StageResult:
 
 
 def stage_key(stage: Stage, slice_: Slice, inputs: Mapping[str, ArtifactRef]) -> str:
-    """sha256(stage, config slice, input digests, code version), hex."""
+    """sha256(stage, config slice, input digests, code version), hex.
+
+    Raises:
+        ValueError: the slice holds a number that is not finite.
+    """
     parts = {
         "stage": stage.name,
         "slice": slice_.as_dict(),
         "inputs": {name: ref.digest for name, ref in inputs.items()},
         "code": code_version(stage.compute.__module__),
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def resolve(ref: ArtifactRef, store: Store) -> Path:
-    """A local path with the artifact's content, verified; external input is its own path."""
+    """A local path with the artifact's content, verified; external input is its own path.
+
+    Raises:
+        CorruptArtifact: the artifact is gone or corrupt; a corrupt one has been set aside, so that
+            the same command computes it again.
+        InputError: external input has changed since it was referred to.
+    """
     if ref.kind == "external":
-        return Path(ref.uri)
-    return store.fetch(manifest_of(ref, store))
+        return _unchanged(ref)
+    manifest = manifest_of(ref, store)
+    try:
+        return store.fetch(manifest)
+    except CorruptArtifact as error:
+        store.set_aside(manifest)
+        log.warning("%s: set aside (%s)", error.what, error.where)
+        raise CorruptArtifact(f"{error.what}; it was set aside", where=error.where, fix=_AGAIN) from error
+
+
+def _unchanged(ref: ArtifactRef) -> Path:
+    # What comes from a hub is named by its revision, not by a sha256 of its content.
+    if _SHA256.fullmatch(ref.digest) and external_ref(ref.uri).digest != ref.digest:
+        raise InputError("the input has changed since the run began", where=ref.uri, fix="run the same command again")
+    return Path(ref.uri)
 
 
 def manifest_of(ref: ArtifactRef, store: Store) -> Manifest:
     """The manifest a reference points at.
 
     Raises:
-        CorruptArtifact: the store no longer holds it.
+        CorruptArtifact: the store no longer holds it, or holds another content under its key.
     """
     stage, key = ref.uri.removesuffix(".json").split("/")[-2:]
     manifest = store.find(stage, key)
     if manifest is None:
-        raise CorruptArtifact("an artifact that a stage needs is gone", where=ref.uri, fix="run the same command again")
+        raise CorruptArtifact("an artifact that a stage needs is gone", where=ref.uri, fix=_AGAIN)
+    if manifest.digest != ref.digest:
+        raise CorruptArtifact("an artifact that a stage needs was computed anew meanwhile", where=ref.uri, fix=_AGAIN)
     return manifest
 
 
@@ -156,14 +188,23 @@ def compute_stage(
 ) -> StageResult:
     """Skip the stage if its artifact exists and is whole, else compute and publish it.
 
-    The stage's checkpoints live in `scratch_root/<key>`, which is removed once it is published.
+    The stage's checkpoints live in `scratch_root/<key>`, which is removed once it is published and
+    kept after a failure. Of two processes that share a scratch root the second waits and finds the
+    first one's artifact; of two that do not, both compute, and the later one adopts the other's.
     """
     started = time.monotonic()
     key = stage_key(stage, slice_, inputs)
     manifest = _whole(store, stage.name, key)
     cached = manifest is not None
     if manifest is None:
-        manifest = _compute(stage, slice_, inputs, key, store, runtime, scratch_root)
+        with held_folder(scratch_root / key, stage.name) as scratch:
+            manifest = _whole(store, stage.name, key)
+            cached = manifest is not None
+            if manifest is None:
+                manifest = _compute(
+                    stage, slice_, inputs, key, store, replace(runtime, scratch=scratch), scratch / "out"
+                )
+            shutil.rmtree(scratch, ignore_errors=True)
     return StageResult(
         stage.name, reference_to(manifest, store), key, cached, time.monotonic() - started, manifest.created
     )
@@ -174,9 +215,9 @@ def _whole(store: Store, stage: str, key: str) -> Manifest | None:
     if manifest is None:
         return None
     try:
-        store.fetch(manifest)
+        store.check(manifest)
     except CorruptArtifact as error:
-        log.warning("%s is corrupt, set aside and computed again: %s", stage, error.what)
+        log.warning("%s: set aside, %s is computed again (%s)", error.what, stage, error.where)
         store.set_aside(manifest)
         return None
     return manifest
@@ -189,18 +230,16 @@ def _compute(
     key: str,
     store: Store,
     runtime: Runtime,
-    scratch_root: Path,
+    out: Path,
 ) -> Manifest:
-    scratch = scratch_root / key
-    scratch.mkdir(parents=True, exist_ok=True)
     paths = {name: resolve(ref, store) for name, ref in inputs.items()}
-    with tempfile.TemporaryDirectory(prefix="out-", dir=scratch) as folder:
-        out = Path(folder)
-        started = time.monotonic()
-        on_machine = Runtime(runtime.device, runtime.threads, runtime.micro_batch, scratch, runtime.progress)
-        stage.compute(slice_, paths, out, on_machine)
+    shutil.rmtree(out, ignore_errors=True)  # what a killed process left
+    out.mkdir()
+    started = time.monotonic()
+    try:
+        stage.compute(slice_, paths, out, runtime)
         files = folder_files(out)
-        manifest = store.publish(
+        return store.publish(
             out,
             Manifest(
                 stage=stage.name,
@@ -217,8 +256,8 @@ def _compute(
                 versions=library_versions(),
             ),
         )
-    shutil.rmtree(scratch, ignore_errors=True)
-    return manifest
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
 
 
 @cache
@@ -226,69 +265,3 @@ def library_versions() -> dict[str, str]:
     """Versions of what computes: for the manifest and the report, never in a key."""
     names = ("torch", "transformers", "tokenizers", "numpy", "scipy", "pandas", "pyarrow")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-@cache
-def code_version(module: str) -> str:
-    """Hash of the syntax trees of a module and of every cdpo_core module it imports, transitively.
-
-    Comments and docstrings do not count; imports under TYPE_CHECKING do not count.
-    """
-    trees: dict[str, str] = {}
-    pending = [module]
-    while pending:
-        name = pending.pop()
-        if name in trees:
-            continue
-        tree = _bare_tree(_module_file(name))
-        trees[name] = ast.dump(tree)
-        pending.extend(_core_imports(tree))
-    return hashlib.sha256(json.dumps(sorted(trees.items())).encode()).hexdigest()
-
-
-def _module_file(name: str) -> Path:
-    module = sys.modules.get(name)
-    origin = getattr(module, "__file__", None)
-    if origin is None:
-        spec = importlib.util.find_spec(name)
-        origin = spec.origin if spec else None
-    if origin is None:
-        raise ModuleNotFoundError(name)
-    return Path(origin)
-
-
-def _bare_tree(path: Path) -> ast.Module:
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if not isinstance(body, list):
-            continue
-        node.body = [child for child in body if not _is_docstring(child) and not _is_type_checking(child)]  # type: ignore[attr-defined]
-    return tree
-
-
-def _is_docstring(node: ast.AST) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-
-
-def _is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-
-
-def _core_imports(tree: ast.Module) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module)
-            names.update(f"{node.module}.{alias.name}" for alias in node.names)
-    core = {name for name in names if name.split(".")[0] == "cdpo_core"}
-    return {name for name in core if _is_module(name)}
-
-
-def _is_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from cdpo_core.errors import InputError
+
 _QUIET = {
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -31,13 +33,31 @@ def cdpo_home() -> Path:
     return Path(os.environ.get("CDPO_HOME") or ".cdpo").expanduser().resolve()
 
 
+def local_mlflow(home: Path) -> tuple[str, str]:
+    """MLflow without a server: the database's and the artifact folder's uri under `home`.
+
+    A server on the same database must be started with the same `--default-artifact-root` and with
+    `--no-serve-artifacts`, so that runs made with and without it can read each other's files.
+    """
+    return f"sqlite:///{home / 'mlflow.db'}", (home / "mlartifacts").as_uri()
+
+
 def quiet_environment() -> None:
     """Set the environment Prefect and MLflow run in: no telemetry, no noise, Prefect's home under `cdpo_home()`.
 
     Prefect's home is left alone when the user names one (PREFECT_HOME) or a server (PREFECT_API_URL).
     Child processes inherit it.
+
+    Raises:
+        InputError: the state folder cannot be written (Prefect itself would try for minutes).
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     if not os.environ.get("PREFECT_HOME") and not os.environ.get("PREFECT_API_URL"):
-        os.environ["PREFECT_HOME"] = str(cdpo_home() / "prefect")
+        home = cdpo_home() / "prefect"
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            what = f"the state folder cannot be written: {error.strerror}"
+            raise InputError(what, where=str(home), fix="set CDPO_HOME to a folder you can write to") from error
+        os.environ["PREFECT_HOME"] = str(home)

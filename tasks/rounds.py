@@ -29,9 +29,8 @@ def train_policy(
     }
     if previous is not None:
         inputs["previous"] = previous
-    names = [item.name for item in bench.config.constraints]
     label = "policy at λ = " + ", ".join(f"{value:g}" for value in lambda_)
-    return bench.run(pipeline.ROUND, inputs, label, lambda_=list(lambda_), names=names)
+    return bench.run(pipeline.ROUND, inputs, label, lambda_=list(lambda_), names=bench.names)
 
 
 def measure_policy(

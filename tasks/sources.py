@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cdpo_core.artifacts import ArtifactRef, external_ref
+from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.config import DataConfig
 
 
@@ -10,9 +10,9 @@ def source_ref(data: DataConfig) -> ArtifactRef:
     """A reference to the data files or to the hub data set at its resolved revision.
 
     Raises:
-        InputError: the source cannot be found or reached.
+        InputError: the source is not set, does not exist, holds no data, or cannot be reached.
     """
     from cdpo_core.data.sources import source_path
 
     path, digest = source_path(data)
-    return ArtifactRef(uri=str(path), digest=digest, kind="external") if digest else external_ref(path)
+    return ArtifactRef(uri=str(path), digest=digest, kind="external")

@@ -18,6 +18,7 @@ from cdpo_core.artifacts import ArtifactRef, Store
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.stages import Progress, Runtime, Stage, StageResult, compute_stage, manifest_of, no_progress, pick, resolve
 from tasks.environment import cdpo_home
+from tasks.sources import source_ref
 from tasks.storage import open_store
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,16 @@ def report_progress_to(progress: Progress) -> None:
     _progress = progress
 
 
+@dataclass(frozen=True)
+class Done:
+    """One use of a stage, as the result lists it."""
+
+    label: str
+    cached: bool
+    seconds: float
+    created: str
+
+
 @dataclass
 class Workbench:
     """One experiment's tools; `results` collects what each stage did, in order."""
@@ -38,7 +49,8 @@ class Workbench:
     config: ExperimentConfig
     store: Store
     scratch_root: Path
-    results: list[StageResult] = field(default_factory=list)
+    results: list[Done] = field(default_factory=list)
+    externals: dict[str, str] = field(default_factory=dict)
 
     def run(self, stage: Stage, inputs: Mapping[str, ArtifactRef], label: str = "", **extra: Any) -> ArtifactRef:
         """Run one stage as a Prefect task, which shows as `Cached` when the store has it already.
@@ -53,7 +65,7 @@ class Workbench:
         as_task = _stage_task.with_options(name=label, task_run_name=label)
         state = as_task(self, stage, dict(inputs), label, extra, return_state=True)
         result: StageResult = state.result()
-        self.results.append(result)
+        self.results.append(Done(label, result.cached, result.seconds, result.created))
         return result.ref
 
     def runtime(self, label: str) -> Runtime:
@@ -65,6 +77,17 @@ class Workbench:
             report(label, done, total)
 
         return Runtime(compute.device, compute.threads, compute.micro_batch, None, progress)
+
+    def external_digests(self) -> dict[str, str]:
+        """Digests of the external inputs by name, which with the config make the experiment's identity."""
+        if not self.externals and not self.config.on_testbed:
+            self.externals["source"] = source_ref(self.config.data).digest
+        return self.externals
+
+    @property
+    def names(self) -> list[str]:
+        """The constraints' names, in order."""
+        return [item.name for item in self.config.constraints]
 
     def folder(self, ref: ArtifactRef) -> Path:
         """The artifact's files, verified."""

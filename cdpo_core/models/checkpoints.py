@@ -14,7 +14,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PATH_STARTS = ("/", ".", "~")
 # What transformers writes into its JSON files that is no content: where a model came from, and its own version.
-VOLATILE_KEYS = ("_name_or_path", "name_or_path", "transformers_version", "tokenizers_version")
+VOLATILE_KEYS = ("_name_or_path", "name_or_path", "transformers_version", "is_local", "local_files_only")
 
 
 def check_model_folder(path: str | Path) -> None:
@@ -83,13 +83,15 @@ def _no_safetensors(folder: Path) -> InputError:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
     if not pickles:
         return InputError(
-            f"the model folder has no {WEIGHTS}", where=str(folder), fix="point at the folder that save_pretrained wrote"
+            f"the model folder has no {WEIGHTS}",
+            where=str(folder),
+            fix="point at the folder that save_pretrained wrote",
         )
     return InputError(
         f"the model folder holds its weights only as pickle ({pickles[0]}), which can run code and is never read",
         where=str(folder),
         fix="convert it once where you trust it: load it with transformers' from_pretrained(folder, "
-        f'use_safetensors=False) and write it with save_pretrained(new_folder), which makes {WEIGHTS}',
+        f"use_safetensors=False) and write it with save_pretrained(new_folder), which makes {WEIGHTS}",
     )
 
 
@@ -120,11 +122,55 @@ def is_local(base: str | Path) -> bool:
     return str(base).startswith(PATH_STARTS) or Path(base).exists()
 
 
+def local_folder(base: str | Path, revision: str = "") -> Path:
+    """The folder of a model given by path, or of a hub id's snapshot, downloaded unless it is cached.
+
+    Raises:
+        InputError: the hub has no such model, or cannot be reached.
+    """
+    if is_local(base):
+        return Path(base).expanduser()
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot = snapshot_download(
+            str(base),
+            revision=revision or None,
+            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
+            local_files_only=is_offline(),
+        )
+    except (OSError, ValueError) as error:
+        raise not_loaded(base, error) from error
+    return Path(snapshot)
+
+
+def not_loaded(base: str | Path, error: Exception) -> InputError:
+    """The error for a model that transformers or the hub refused."""
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    return InputError(
+        f"the model cannot be loaded: {reason}",
+        where=str(base),
+        fix="check the path or hub id; without a network only local folders and cached models load",
+    )
+
+
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE forbids the network."""
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' own progress bars out of terminals and logs."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def hub_options(base: str | Path, revision: str = "", trust_remote_code: bool = False) -> dict[str, Any]:
     """Options for every from_pretrained call on `base`, which may be a path or a hub id."""
-    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": offline or is_local(base)}
-    if revision and not is_local(base):
+    local = is_local(base)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": local or is_offline()}
+    if revision and not local:
         options["revision"] = revision
     return options
 

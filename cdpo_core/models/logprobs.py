@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
 Tokens = Sequence[int]
-# Responses in one forward pass when no micro-batch is given.
-ALL_AT_ONCE = 0
 
 
 def response_log_probs(
@@ -28,7 +26,7 @@ def response_log_probs(
     prompts: Sequence[Tokens],
     responses: Sequence[Sequence[Tokens]],
     pad_id: int,
-    micro_batch: int = ALL_AT_ONCE,
+    micro_batch: int = 0,
 ) -> Tensor:
     """Sum of the log-probabilities of each response's tokens, EOS included, given its prompt.
 
@@ -130,7 +128,7 @@ def prompt_pass(model: PreTrainedModel, prompts: Sequence[Tokens], pad_id: int) 
     mask = _length_mask(lengths, tokens.shape[1]) if padded else None
     cache = DynamicCache()
     last, place = torch.unique(lengths - 1, return_inverse=True)
-    logits = _last_logits(model, last, input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
+    logits = _logits_at(model, last, input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
     rows = torch.arange(len(prompts), device=model.device)
     return PromptPass(cache, logits[rows, place], lengths, mask)
 
@@ -138,8 +136,8 @@ def prompt_pass(model: PreTrainedModel, prompts: Sequence[Tokens], pad_id: int) 
 def continue_pass(model: PreTrainedModel, state: PromptPass, tokens: Tensor, offset: int) -> Tensor:
     """Logits [N, T, V] after each of T further tokens [N, T] of every row, of which `offset` came before.
 
-    Extends the cache; the state's mask grows with it. Where rows end earlier, the tokens that fill
-    them come last and see but are not seen by the real ones, so they need no mask of their own.
+    Extends the cache; the state's mask grows with it. Where rows end early, the tokens that fill them
+    come last, so no real token sees them and they need no mask of their own.
     """
     positions = state.lengths[:, None] + offset + torch.arange(tokens.shape[1], device=tokens.device)
     if state.mask is not None:
@@ -155,21 +153,30 @@ def continue_pass(model: PreTrainedModel, state: PromptPass, tokens: Tensor, off
 
 
 def has_expandable_cache(model: PreTrainedModel) -> bool:
-    """Whether a prompt's keys and values can be expanded over responses: full attention in every layer."""
+    """Whether a prompt's keys and values can be expanded: full attention in every layer, positions at will."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
-    config = model.config.get_text_config()
-    if getattr(config, "is_encoder_decoder", False) or getattr(model, "_is_stateful", False):
+    inner = _without_adapters(model)
+    if getattr(inner, "_is_stateful", False) or "position_ids" not in signature(inner.forward).parameters:
         return False
-    layers = DynamicCache(config=config).layers
+    layers = DynamicCache(config=inner.config.get_text_config()).layers
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def last_logits(model: PreTrainedModel, texts: Sequence[Tokens], pad_id: int) -> Tensor:
+    """Logits [N, V] after each of N texts, computed the plain way, without a cache."""
+    tokens, lengths = pad_right(texts, pad_id, model.device)
+    last, place = torch.unique(lengths - 1, return_inverse=True)
+    mask = _length_mask(lengths, tokens.shape[1])
+    logits = _logits_at(model, last, input_ids=tokens, attention_mask=mask, use_cache=False)
+    return logits[torch.arange(len(texts), device=model.device), place]
 
 
 def pad_right(rows: Sequence[Tokens], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows of tokens as one [N, L] int64 tensor filled on the right, and their lengths [N]."""
     longest = max(map(len, rows))
-    tokens = torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows], device=device)
+    tokens = torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows], dtype=torch.long, device=device)
     return tokens, torch.tensor([len(row) for row in rows], device=device)
 
 
@@ -206,12 +213,15 @@ def _sum_real(values: Tensor, lengths: Tensor) -> Tensor:
     return torch.where(_length_mask(lengths, values.shape[1]).bool(), values, 0.0).sum(1)
 
 
-def _last_logits(model: PreTrainedModel, positions: Tensor, **inputs: Any) -> Tensor:
+def _logits_at(model: PreTrainedModel, positions: Tensor, **inputs: Any) -> Tensor:
     """Logits [P, len(positions), V] at the given positions, computed only there if the model can."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "logits_to_keep" in signature(inner.forward).parameters:
+    if "logits_to_keep" in signature(_without_adapters(model).forward).parameters:
         return model(**inputs, logits_to_keep=positions).logits
     return model(**inputs).logits[:, positions]
+
+
+def _without_adapters(model: PreTrainedModel) -> PreTrainedModel:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _length_mask(lengths: Tensor, width: int) -> Tensor:

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cdpo_core.errors import InputError
-from cdpo_core.models.checkpoints import check_model_folder, hub_options, is_local, scrub_folder, write_json
+from cdpo_core.models.checkpoints import (
+    check_model_folder,
+    hub_options,
+    is_local,
+    not_loaded,
+    quiet_transformers,
+    scrub_folder,
+    write_json,
+)
 from cdpo_core.randomness import stream_seed
 
 if TYPE_CHECKING:
@@ -165,6 +173,7 @@ def load_policy(
     if is_local(base):
         base = Path(base).expanduser()
         check_model_folder(base)
+    quiet_transformers()
     settings = _settings(base, config_policy)
     trusted = bool(getattr(config_policy, "trust_remote_code", False))
     options = hub_options(base, getattr(config_policy, "revision", ""), trusted)
@@ -181,11 +190,7 @@ def load_policy(
             **options,
         )
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"the model cannot be loaded: {str(error).splitlines()[0]}",
-            where=str(base),
-            fix="check the path or hub id; without a network only local folders and cached models load",
-        ) from error
+        raise not_loaded(base, error) from error
     return _policy(model.to(device).eval(), tokenizer, settings)
 
 
@@ -194,6 +199,7 @@ def save_policy(policy: Policy, folder: Path) -> None:
 
     Adapters are merged into the weights first.
     """
+    quiet_transformers()
     policy = merged(policy)
     folder.mkdir(parents=True, exist_ok=True)
     policy.model.save_pretrained(folder)
@@ -257,5 +263,7 @@ def _policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings
             "the tokenizer has no chat template", where="policy.template", fix="write one with {prompt} in it"
         )
     if tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer has no EOS token", where="policy.base", fix="choose a model that can end a text")
+        raise InputError(
+            "the tokenizer has no EOS token", where="policy.base", fix="choose a model that can end a text"
+        )
     return Policy(model, tokenizer, **settings)

@@ -6,6 +6,7 @@ import heapq
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def _learn_merges(words: Counter[str], vocabulary: dict[str, int], size: int) ->
 def _count_pairs(
     spelling: list[str], frequency: int, index: int, counts: Counter[Pair], places: defaultdict[Pair, set[int]]
 ) -> None:
-    for pair in zip(spelling, spelling[1:], strict=False):
+    for pair in pairwise(spelling):
         counts[pair] += frequency
         places[pair].add(index)
 

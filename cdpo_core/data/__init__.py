@@ -1,0 +1,1 @@
+"""Preference data: sources, formats, validation with quarantine, splits by prompt."""

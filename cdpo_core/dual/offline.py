@@ -1,0 +1,133 @@
+"""The offline dual: the multiplier and the predicted cost curve, from reference samples alone.
+
+With K samples of π_ref for each prompt, π_λ is represented by importance weights on them, so the
+dual function and its derivatives cost no training ("optimal dualization", Huang et al. 2024,
+arXiv:2405.19544). At finite K the weights cannot leave the samples: the estimate leans to the
+reference, the predicted cost of a large λ is too high. `effective_samples` says how much is left;
+the first trained round corrects it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import logsumexp, softmax
+
+from cdpo_core.dual.quadratic import box_newton_step
+
+ITERATIONS = 200
+TOLERANCE = 1e-10
+
+
+@dataclass(frozen=True)
+class OfflinePoint:
+    """π_λ as the reference samples predict it.
+
+    Attributes:
+        lambda_: [m] float64, the multipliers.
+        reward: E[r], reward units.
+        costs: [m] float64, E[c], cost units.
+        kl: E KL(π_λ‖π_ref), nats; at most log K by construction.
+        effective_samples: mean over prompts of 1/Σ_j w_j², between 1 and K.
+        hessian: [m, m] float64, Hessian of D: the covariance of the costs within a prompt, over β.
+        prompt_costs: [P, m] float64, each prompt's expected costs.
+    """
+
+    lambda_: np.ndarray
+    reward: float
+    costs: np.ndarray
+    kl: float
+    effective_samples: float
+    hessian: np.ndarray
+    prompt_costs: np.ndarray
+
+
+class OfflineDual:
+    """D(λ) = β E_x log E_{y~π_ref} exp((r − λᵀ(c − C))/β) on K reference samples a prompt.
+
+    Args:
+        reward: [P, K] float64, K >= 2 samples of the reference for each prompt.
+        costs: [P, K, m] float64.
+        beta: > 0, units of reward per nat.
+
+    Raises:
+        ValueError: the shapes disagree, a score is not finite, or beta is not positive.
+    """
+
+    def __init__(self, reward: np.ndarray, costs: np.ndarray, beta: float) -> None:
+        self.reward = np.asarray(reward, dtype=np.float64)
+        self.costs = np.asarray(costs, dtype=np.float64)
+        self.beta = beta
+        if self.reward.ndim != 2 or self.reward.shape[0] < 1 or self.reward.shape[1] < 2:
+            raise ValueError(f"reward must be [P, K] with P >= 1 and K >= 2, not {self.reward.shape}")
+        if self.costs.ndim != 3 or self.costs.shape[:2] != self.reward.shape:
+            raise ValueError(f"costs {self.costs.shape} must be [P, K, m] beside reward {self.reward.shape}")
+        if not (np.isfinite(self.reward).all() and np.isfinite(self.costs).all()):
+            raise ValueError("a reward or cost is not finite")
+        if not beta > 0:
+            raise ValueError(f"beta must be positive, not {beta}")
+
+    def value(self, lambda_: np.ndarray, limits: np.ndarray) -> float:
+        """D(λ), in units of reward; convex in λ. Args: lambda_ [m] >= 0, limits [m]."""
+        log_mean = logsumexp(self._logits(lambda_), axis=1) - np.log(self.reward.shape[1])
+        return float(self.beta * log_mean.mean() + np.dot(lambda_, limits))
+
+    def expected(self, lambda_: np.ndarray) -> OfflinePoint:
+        """π_λ's figures; the dual's gradient at limits C is C − point.costs. Args: lambda_ [m] >= 0."""
+        lambda_ = np.asarray(lambda_, dtype=np.float64)
+        weights = softmax(self._logits(lambda_), axis=1)
+        prompt_costs = np.einsum("pk,pkm->pm", weights, self.costs)
+        deviations = self.costs - prompt_costs[:, None, :]
+        covariance = np.einsum("pk,pki,pkj->ij", weights, deviations, deviations) / len(weights)
+        log_weights = np.log(np.maximum(weights, np.finfo(np.float64).tiny))
+        return OfflinePoint(
+            lambda_=lambda_,
+            reward=float((weights * self.reward).sum(axis=1).mean()),
+            costs=prompt_costs.mean(axis=0),
+            kl=float((weights * (log_weights + np.log(weights.shape[1]))).sum(axis=1).mean()),
+            effective_samples=float((1 / (weights**2).sum(axis=1)).mean()),
+            hessian=covariance / self.beta,
+            prompt_costs=prompt_costs,
+        )
+
+    def solve(self, limits: np.ndarray, lambda_max: float) -> np.ndarray:
+        """The multipliers that minimise D over 0 <= λ <= lambda_max, by projected Newton steps.
+
+        Each step solves the box-constrained quadratic model and is halved until D falls (Armijo).
+        A limit out of reach ends at lambda_max; a slack one at 0.
+
+        Args:
+            limits: [m] float64, C (or the training target below it).
+            lambda_max: > 0.
+
+        Returns:
+            [m] float64.
+        """
+        limits = np.asarray(limits, dtype=np.float64)
+        lambda_ = np.zeros(self.costs.shape[2])
+        for _ in range(ITERATIONS):
+            point = self.expected(lambda_)
+            gradient = limits - point.costs
+            step = box_newton_step(gradient, point.hessian, -lambda_, lambda_max - lambda_)
+            decrease = float(gradient @ step)
+            here, size = self.value(lambda_, limits), 1.0
+            # Below this, D's rounding error hides the decrease and no line search can see it.
+            if -decrease <= TOLERANCE * 1e-4 * (1 + abs(here)):
+                lambda_ = np.clip(lambda_ + step, 0.0, lambda_max)
+                break
+            while self.value(lambda_ + size * step, limits) > here + 1e-4 * size * decrease and size > TOLERANCE:
+                size /= 2
+            lambda_ = np.clip(lambda_ + size * step, 0.0, lambda_max)
+        return lambda_
+
+    def curve(self, grid: np.ndarray) -> list[OfflinePoint]:
+        """The predicted figures along a path of multipliers. Args: grid [G, m] >= 0."""
+        return [self.expected(lambda_) for lambda_ in np.asarray(grid, dtype=np.float64)]
+
+    def floor(self) -> np.ndarray:
+        """[m] lowest mean of each cost that the samples can represent, E_x min_j c_j (above the true floor)."""
+        return self.costs.min(axis=1).mean(axis=0)
+
+    def _logits(self, lambda_: np.ndarray) -> np.ndarray:
+        return (self.reward - self.costs @ np.asarray(lambda_, dtype=np.float64)) / self.beta

@@ -1,0 +1,1 @@
+"""What a policy is measured by: sampling, figures of merit with intervals, the choice among rounds."""

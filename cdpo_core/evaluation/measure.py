@@ -1,0 +1,81 @@
+"""A policy's scored responses to the prompts of one split, and what they say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from cdpo_core.evaluation import metrics
+from cdpo_core.evaluation.metrics import Estimate
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Scored responses, one row each: prompt_id, sample, response, log_prob, ref_log_prob, reward, cost_<name>."""
+
+    table: pd.DataFrame
+
+    @property
+    def _prompts(self) -> np.ndarray:
+        return self.table["prompt_id"].to_numpy()
+
+    def reward(self) -> Estimate:
+        """Mean reward with its 95 % interval, prompts being the independent unit."""
+        return metrics.cluster_mean(self.table["reward"].to_numpy(float), self._prompts)
+
+    def cost(self, name: str) -> Estimate:
+        """Mean cost (calibrated units) with its 95 % interval."""
+        return metrics.cluster_mean(self.table[f"cost_{name}"].to_numpy(float), self._prompts)
+
+    def kl(self) -> Estimate:
+        """KL(π‖π_ref) in nats, over π's own samples."""
+        log_prob, ref_log_prob = (self.table[name].to_numpy(float) for name in ("log_prob", "ref_log_prob"))
+        return metrics.kl_divergence(log_prob, ref_log_prob, self._prompts)
+
+    def safe_rate(self, names: Sequence[str]) -> Estimate:
+        """Share of responses of which every cost is at most 0, the border of safe."""
+        return metrics.safe_rate(self.costs(names), self._prompts)
+
+    def win_rate(self, other: Measured) -> Estimate:
+        """Probability that a response earns more reward than another policy's to the same prompt; ties count half."""
+        mine, theirs = self.table["reward"].to_numpy(float), other.table["reward"].to_numpy(float)
+        return metrics.win_rate(mine, self._prompts, theirs, other._prompts)
+
+    def costs(self, names: Sequence[str]) -> np.ndarray:
+        """[N, m] costs of the responses (calibrated units)."""
+        return self.table[[f"cost_{name}" for name in names]].to_numpy(float)
+
+    def prompt_costs(self, names: Sequence[str]) -> pd.DataFrame:
+        """Each prompt's mean costs: index prompt_id (sorted), a column for each name."""
+        columns = [f"cost_{name}" for name in names]
+        means = self.table.groupby("prompt_id")[columns].mean().sort_index()
+        return means.set_axis(list(names), axis=1)
+
+    def summary(self, names: Sequence[str], other: Measured | None = None) -> dict[str, dict[str, float]]:
+        """The report's figures: reward, cost (first constraint's), safe rate, KL and win rate over `other`."""
+        figures = {
+            "reward": self.reward(),
+            "cost": self.cost(names[0]),
+            "safe_rate": self.safe_rate(names),
+            "kl": self.kl(),
+        }
+        if other is not None:
+            figures["win_rate"] = self.win_rate(other)
+        figures |= {f"cost_{name}": self.cost(name) for name in names[1:]}
+        return {name: {"mean": value.mean, "low": value.low, "high": value.high} for name, value in figures.items()}
+
+
+def join_scores(responses: pd.DataFrame, scores: pd.DataFrame) -> Measured:
+    """Responses and their scores in one table, in (prompt, sample) order.
+
+    Raises:
+        ValueError: a response has no score or the other way round.
+    """
+    keys = ["prompt_id", "sample"]
+    table = responses.merge(scores, on=keys, how="inner", validate="one_to_one")
+    if len(table) != len(responses) or len(table) != len(scores):
+        raise ValueError(f"{len(responses)} responses and {len(scores)} scores have {len(table)} in common")
+    return Measured(table.sort_values(keys, ignore_index=True))

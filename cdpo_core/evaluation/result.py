@@ -1,0 +1,61 @@
+"""The result record of an experiment: one plain object that the command line, MLflow and files share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+FIGURES = ("reward", "cost", "safe_rate", "kl", "win_rate")
+
+
+def verdict(result: Mapping[str, Any]) -> str:
+    """The outcome in one sentence, with its figures and what they are about."""
+    limits = ", ".join(f"{item['name']} ≤ {item['limit']:g}" for item in result["constraints"])
+    if result["status"] == "infeasible":
+        lowest = result["reachable"]["floor"]
+        return f"Infeasible: no policy here can keep {limits}; the lowest mean cost within reach is {lowest:.3f}."
+    bounds = ", ".join(f"{item['name']} ≤ {item['certificate']['upper']:.3f}" for item in result["constraints"])
+    certificate = result["certificate"]
+    basis = f"with {100 * (1 - certificate['delta']):g} % confidence, from {certificate['prompts']} held-out prompts"
+    if result["status"] == "certified":
+        return f"Certified: {limits}. The mean cost, as the cost model measures it, is {bounds} {basis}."
+    return f"Not certified: {limits} could not be shown; the bound is {bounds} {basis}."
+
+
+def round_record(number: int, lambda_: Sequence[float], figures: Mapping[str, Any]) -> dict[str, Any]:
+    """One round of training as the result lists it.
+
+    `lambda`, `cost` and `cost_upper` are one number, or with several constraints one for each.
+
+    Args:
+        number: from 1.
+        lambda_: [m] the dual variables it was trained at.
+        figures: cost [m], cost_upper [m], reward, kl, safe_rate, seconds.
+    """
+    vectors = {"lambda": lambda_, "cost": figures["cost"], "cost_upper": figures["cost_upper"]}
+    scalars = {name: float(figures[name]) for name in ("reward", "kl", "safe_rate", "seconds")}
+    return {"round": number, **{name: _single(values) for name, values in vectors.items()}, **scalars}
+
+
+def constraint_records(
+    names: Sequence[str],
+    limits: Sequence[float],
+    lambda_: Sequence[float],
+    costs: Sequence[float],
+    certificates: Sequence[Mapping[str, Any] | None],
+) -> list[dict[str, Any]]:
+    """The result's `constraints`: one {name, limit, lambda, cost, certificate} each."""
+    rows = zip(names, limits, lambda_, costs, certificates, strict=True)
+    return [
+        {"name": name, "limit": limit, "lambda": value, "cost": cost, "certificate": certificate}
+        for name, limit, value, cost, certificate in rows
+    ]
+
+
+def each(value: Any) -> list[float]:
+    """A round's `lambda` or cost as a list [m], whether it is one number or several."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _single(values: Sequence[float]) -> Any:
+    return float(values[0]) if len(values) == 1 else [float(value) for value in values]

@@ -1,0 +1,242 @@
+"""One round of C-DPO: train π_λ by DPO on preferences re-decided by r_λ = r − λᵀc (arXiv:2403.02475).
+
+Everything a round reads is independent of λ and computed once: the reference's responses, their
+rewards and costs, and log π_ref of each. A round puts new labels on them and trains, nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+
+from cdpo_core.dual.lagrangian import importance_weights, lagrangian_reward, relabel
+from cdpo_core.errors import InputError
+from cdpo_core.learning.batches import Epochs, cut_into_passes, policy_pass_tokens
+from cdpo_core.learning.loop import Schedule, fit, mixed_precision
+from cdpo_core.learning.losses import anchor_loss, soft_dpo_loss
+from cdpo_core.models.checkpoints import read_model_config, write_json
+from cdpo_core.models.logprobs import response_log_probs
+from cdpo_core.models.policy import Policy, load_policy, merged, save_policy, with_lora
+from cdpo_core.randomness import numpy_stream, torch_stream
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cdpo_core.stages import Runtime, Slice
+
+Indices = np.ndarray
+
+
+def train_round(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    """Stage: the policy π_λ for one λ.
+
+    Args:
+        config: seed, lambda_ (one multiplier for each of `names`), names (the constraints'),
+            policy.{lora_rank, trust_remote_code}, dpo.{beta, labels, anchor, steps,
+            prompts_per_step, responses_per_prompt, learning_rate, adam_beta2, averaging}.
+        inputs: reference (policy), data (prompts), responses and scores of the reference's
+            samples, splits; previous (policy) to start from it instead of from the reference.
+        out: gets the policy's Hugging Face folder with policy.json, and training.json.
+        runtime: device, micro_batch (responses, rounded up to whole prompts), scratch, progress.
+
+    Raises:
+        InputError: the policy split has no prompts with enough responses.
+        TrainingError: the loss is not finite.
+    """
+    start = inputs.get("previous", inputs["reference"])
+    dtype = _saved_dtype(start)
+    adapted = config.policy.lora_rank > 0
+    policy = load_policy(
+        start, config_policy=config.policy, device=runtime.device, dtype=None if adapted else torch.float32
+    )
+    groups = load_groups(policy, inputs, config.names, config.dpo.responses_per_prompt)
+    if adapted:
+        policy = with_lora(policy, config.policy.lora_rank, config.seed)
+    else:
+        policy.model.requires_grad_(True)
+    round_ = Round(policy, groups, config, dtype, runtime.micro_batch)
+    schedule = Schedule(
+        config.dpo.steps,
+        config.dpo.learning_rate,
+        adam_beta2=config.dpo.adam_beta2,
+        averaging=config.dpo.averaging,
+    )
+    records = fit(policy.model, round_.losses_at, schedule, runtime, "dpo")
+    policy = merged(policy)
+    policy.model.to(dtype)
+    save_policy(policy, out)
+    write_json(out / "training.json", {"steps": records})
+
+
+@dataclass(frozen=True)
+class Groups:
+    """P prompts of the policy split, each with K responses of the reference.
+
+    Attributes:
+        prompt_ids: P names.
+        prompts: P prompts' tokens.
+        responses: P × K responses' tokens.
+        ref_log_probs: log π_ref, [P, K] float64, nats.
+        reward: [P, K] float64.
+        costs: [P, K, m] float64, calibrated units.
+    """
+
+    prompt_ids: list[str]
+    prompts: list[list[int]]
+    responses: list[list[list[int]]]
+    ref_log_probs: Tensor
+    reward: Tensor
+    costs: Tensor
+
+
+def load_groups(policy: Policy, inputs: Mapping[str, Path], names: Sequence[str], least: int) -> Groups:
+    """The policy split's scored responses, in the order of prompt_id and sample.
+
+    Args:
+        policy: writes the prompts as tokens.
+        inputs: data, responses, scores, splits.
+        names: the constraints', one cost column each.
+        least: responses that every prompt must have.
+
+    Raises:
+        InputError: there is no such prompt, or a prompt has fewer responses or another number of them.
+    """
+    splits = pd.read_parquet(inputs["splits"] / "splits.parquet")
+    chosen = splits.loc[splits["split"] == "policy", "prompt_id"]
+    responses = pd.read_parquet(
+        inputs["responses"] / "responses.parquet", columns=["prompt_id", "sample", "tokens", "ref_log_prob"]
+    )
+    responses = responses[responses["prompt_id"].isin(chosen)]
+    table = responses.merge(pd.read_parquet(inputs["scores"] / "scores.parquet"), on=["prompt_id", "sample"])
+    table = table.sort_values(["prompt_id", "sample"], kind="stable")
+    sizes = table.groupby("prompt_id").size()
+    if sizes.empty or sizes.nunique() > 1 or sizes.iloc[0] < least or len(table) < len(responses):
+        raise InputError(
+            f"a round needs policy prompts with one number of scored responses, at least {least}; "
+            f"found {len(sizes)} prompts with {sorted(set(sizes))} responses",
+            where="policy split",
+            fix="raise sampling.reference, lower dpo.responses_per_prompt, or give more prompts",
+        )
+    count, size = len(sizes), int(sizes.iloc[0])
+    texts = pd.read_parquet(inputs["data"] / "prompts.parquet").set_index("prompt_id")["prompt"]
+    tokens = [list(map(int, row)) for row in table["tokens"]]
+
+    def grid(columns: str | list[str]) -> Tensor:
+        return torch.tensor(table[columns].to_numpy(float)).reshape(count, size, -1)
+
+    return Groups(
+        prompt_ids=list(sizes.index),
+        prompts=policy.encode_prompts(texts.loc[sizes.index].tolist()),
+        responses=[tokens[start : start + size] for start in range(0, len(tokens), size)],
+        ref_log_probs=grid("ref_log_prob")[..., 0],
+        reward=grid("reward")[..., 0],
+        costs=grid([f"cost_{name}" for name in names]),
+    )
+
+
+class Round:
+    """The losses of one round's steps: which responses, their labels under r_λ, and the DPO loss on them.
+
+    Attributes:
+        r_lambda: r − λᵀc of every response, [P, K] float64.
+        weights: w_j = softmax_j(r_λ,j/β) over a prompt's K reference samples, [P, K] float64.
+    """
+
+    def __init__(self, policy: Policy, groups: Groups, config: Slice, dtype: torch.dtype, micro_batch: int) -> None:
+        self.policy, self.groups, self.dpo, self.seed = policy, groups, config.dpo, config.seed
+        self.dtype, self.micro_batch = dtype, micro_batch
+        self.r_lambda = lagrangian_reward(groups.reward, groups.costs, torch.tensor(config.lambda_).double())
+        self.weights = importance_weights(self.r_lambda, config.dpo.beta)
+        count = len(groups.prompts)
+        self._epochs = Epochs(
+            lambda epoch: numpy_stream(self.seed, "round", "prompts", epoch).permutation(count),
+            count,
+            config.dpo.prompts_per_step,
+        )
+        self._tokens = policy_pass_tokens(policy.model)
+        self._shuffled = lru_cache(maxsize=2)(self._shuffle_responses)
+
+    def losses_at(self, step: int) -> Iterator[dict[str, Tensor]]:
+        """The step's losses, one pass of whole prompts after the other, each divided by the step's prompts."""
+        epochs, rows = self._epochs.at(step)
+        columns = self._responses_of(epochs, rows)
+        lengths = [
+            len(self.groups.prompts[row]) + max(len(self.groups.responses[row][column]) for column in chosen)
+            for row, chosen in zip(rows, columns, strict=True)
+        ]
+        for places in cut_into_passes(lengths, columns.shape[1], self._tokens, self.micro_batch):
+            sums = self.group_losses(rows[places], columns[places])
+            yield {name: value.sum() / len(rows) for name, value in sums.items()}
+
+    def group_losses(self, rows: Indices, columns: Indices) -> dict[str, Tensor]:
+        """Loss of each prompt's group: DPO over all its pairs plus the anchor; [P'] each.
+
+        Args:
+            rows: [P'] prompts.
+            columns: [P', k] responses of each.
+        """
+        groups, device = self.groups, self.policy.device
+        with mixed_precision(device, self.dtype):
+            log_probs = response_log_probs(
+                self.policy.model,
+                [groups.prompts[row] for row in rows],
+                [[groups.responses[row][j] for j in chosen] for row, chosen in zip(rows, columns, strict=True)],
+                self.policy.pad_id,
+            )
+        place = (torch.from_numpy(rows)[:, None], torch.from_numpy(columns))
+        log_ratio = log_probs - groups.ref_log_probs[place].to(device)
+        targets = self.labels(rows, columns).to(device)
+        dpo = soft_dpo_loss(log_ratio, targets, self.dpo.beta)
+        # A part of the K samples stands for all of them, so its weights are scaled up to sum to 1 on average.
+        share = columns.shape[1] / self.weights.shape[1]
+        anchor = anchor_loss(log_probs, (self.weights[place] / share).to(device))
+        loss = dpo + self.dpo.anchor * anchor
+        return {"loss": loss, "dpo": dpo.detach(), "anchor": anchor.detach(), "accuracy": _agreement(log_ratio, targets)}
+
+    def labels(self, rows: Indices, columns: Indices) -> Tensor:
+        """Relabelling: the target probabilities of every pair of each group under r_λ, [P', k, k] float64.
+
+        `sampled` labels are drawn once for each pair of a prompt and are the same whenever it comes up.
+        """
+        if self.dpo.labels != "sampled":
+            place = (torch.from_numpy(rows)[:, None], torch.from_numpy(columns))
+            return relabel(self.r_lambda[place], self.dpo.labels)
+        drawn = []
+        for row, chosen in zip(rows, columns, strict=True):
+            stream = torch_stream(self.seed, "relabel", self.groups.prompt_ids[row])
+            drawn.append(relabel(self.r_lambda[row], "sampled", stream)[chosen[:, None], chosen])
+        return torch.stack(drawn)
+
+    def _responses_of(self, epochs: Indices, rows: Indices) -> Indices:
+        """k of each prompt's K responses: over K/k visits of a prompt every response has its turn."""
+        size = self.dpo.responses_per_prompt
+        turns = self.r_lambda.shape[1] // size
+        columns = np.empty((len(rows), size), dtype=np.int64)
+        for place, (epoch, row) in enumerate(zip(epochs, rows, strict=True)):
+            cycle, turn = divmod(int(epoch), turns)
+            columns[place] = self._shuffled(cycle)[row, turn * size : (turn + 1) * size]
+        return columns
+
+    def _shuffle_responses(self, cycle: int) -> Indices:
+        every = np.tile(np.arange(self.r_lambda.shape[1]), (self.r_lambda.shape[0], 1))
+        return numpy_stream(self.seed, "round", "responses", cycle).permuted(every, axis=1)
+
+
+def _agreement(log_ratio: Tensor, targets: Tensor) -> Tensor:
+    """Share of each group's pairs that the policy's implied reward orders as the labels do, [P']."""
+    implied = torch.sign(log_ratio.detach()[..., :, None] - log_ratio.detach()[..., None, :])
+    wanted = torch.sign(targets - 0.5)
+    decided = wanted != 0
+    agreed = ((implied == wanted) & decided).sum((-1, -2))
+    return agreed / decided.sum((-1, -2)).clamp_min(1)
+
+
+def _saved_dtype(folder: Path) -> torch.dtype:
+    return getattr(torch, read_model_config(folder).get("dtype") or "float32")

@@ -1,0 +1,210 @@
+"""One training loop: AdamW, warm-up and cosine, clipping, weight averaging, and exact continuation.
+
+The batch of a step is a function of the step alone, so a run that continues from a checkpoint computes
+the same bytes as one that was never stopped (same device, same number of threads).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cdpo_core.errors import TrainingError
+
+if TYPE_CHECKING:
+    from cdpo_core.stages import Runtime
+
+log = logging.getLogger(__name__)
+
+Metrics = Mapping[str, Tensor]
+MOMENTS = ("exp_avg", "exp_avg_sq")
+# A run writes about this many records and checkpoints, and reports its progress about as often times five.
+RECORDS, REPORTS = 20, 100
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the weights move.
+
+    Attributes:
+        steps: optimizer steps.
+        learning_rate: the peak; warm-up is linear, then a half cosine falls to 0.
+        warmup: share of the steps until the peak.
+        adam_beta2: Adam's second-moment decay.
+        averaging: decay of the running average of the weights that is returned; 0 returns the last.
+        max_norm: gradients are clipped to this norm.
+    """
+
+    steps: int
+    learning_rate: float
+    warmup: float = 0.05
+    adam_beta2: float = 0.99
+    averaging: float = 0.0
+    max_norm: float = 1.0
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step counted from 0; it is never 0 within the run."""
+        rising = max(1, round(self.warmup * self.steps))
+        if step < rising:
+            return self.learning_rate * (step + 1) / rising
+        done = (step + 1 - rising) / (self.steps + 1 - rising)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def fit(
+    module: nn.Module,
+    losses_at: Callable[[int], Iterable[Metrics]],
+    schedule: Schedule,
+    runtime: Runtime,
+    stage: str,
+) -> list[dict[str, Any]]:
+    """Train a module's trainable parameters in place.
+
+    Args:
+        module: what is trained.
+        losses_at: step -> the micro-batches of that step, one after the other, each a mapping with
+            `loss` (a differentiable scalar) and further scalars to record. Their sums over the
+            micro-batches are the step's figures. A generator, so that one graph lives at a time.
+        schedule: steps, learning rate, averaging.
+        runtime: its `scratch` keeps the checkpoint, its `progress` hears of the steps.
+        stage: what progress and errors call this training.
+
+    Returns:
+        About 20 records {step, loss, ...}, the means over the steps since the record before.
+
+    Raises:
+        TrainingError: a loss or gradient that is not finite.
+    """
+    parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    values = list(parameters.values())
+    optimizer = torch.optim.AdamW(
+        values, lr=schedule.learning_rate, betas=(0.9, schedule.adam_beta2), weight_decay=0.0, fused=True
+    )
+    averages = [value.detach().clone() for value in values] if schedule.averaging else []
+    checkpoint = Checkpoint(runtime.scratch, parameters, optimizer, averages)
+    start, records = checkpoint.load()
+    window: dict[str, float] = {}
+    record_every, report_every = -(-schedule.steps // RECORDS), -(-schedule.steps // REPORTS)
+    for step in range(start, schedule.steps):
+        for name, value in _train_step(losses_at(step), values, optimizer, schedule, step, stage).items():
+            window[name] = window.get(name, 0.0) + value
+        if averages:
+            decay = min(schedule.averaging, (1 + step) / (10 + step))
+            torch._foreach_lerp_(averages, [value.detach() for value in values], 1 - decay)
+        done = step + 1
+        if done % record_every == 0 or done == schedule.steps:
+            count = done - (records[-1]["step"] if records else 0)
+            records.append({"step": done, **{name: value / count for name, value in window.items()}})
+            window = {}
+            checkpoint.save(done, records)
+        if done % report_every == 0 or done == schedule.steps:
+            runtime.progress(stage, done, schedule.steps)
+    with torch.no_grad():
+        for value, average in zip(values, averages, strict=False):
+            value.copy_(average)
+    return records
+
+
+def _train_step(
+    losses: Iterable[Metrics],
+    values: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    step: int,
+    stage: str,
+) -> dict[str, float]:
+    """One optimizer step on the sum of the micro-batches' losses; returns the summed scalars."""
+    optimizer.zero_grad(set_to_none=True)
+    sums: dict[str, float] = {}
+    for metrics in losses:
+        metrics["loss"].backward()
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0.0) + float(value.detach())
+    norm = float(nn.utils.clip_grad_norm_(values, schedule.max_norm, foreach=True))
+    if not (math.isfinite(sums["loss"]) and math.isfinite(norm)):
+        raise TrainingError(
+            f"the {stage} loss is not finite at step {step + 1} of {schedule.steps} "
+            f"(loss {sums['loss']:g}, gradient norm {norm:g})",
+            where=f"{stage}, step {step + 1}",
+            fix="lower its learning rate; if that does not help, check the data for extreme texts",
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = schedule.rate(step)
+    optimizer.step()
+    return sums
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights, both moments, averages, step and records in one file, replaced as a whole.
+
+    The step and the records travel in the safetensors header, so that they cannot disagree with the
+    tensors after a kill between two writes.
+
+    Attributes:
+        folder: where `checkpoint.safetensors` lies; None keeps no checkpoints.
+    """
+
+    folder: Path | None
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    averages: list[Tensor]
+
+    def save(self, step: int, records: list[dict[str, Any]]) -> None:
+        """Write the state after `step` steps."""
+        from safetensors.torch import save_file
+
+        if self.folder is None:
+            return
+        tensors = {name: tensor.detach().contiguous() for name, tensor in self._tensors().items()}
+        partial = self.folder / "checkpoint.partial"
+        save_file(tensors, partial, metadata={"state": json.dumps({"step": step, "records": records})})
+        os.replace(partial, self.folder / "checkpoint.safetensors")
+
+    def load(self) -> tuple[int, list[dict[str, Any]]]:
+        """Put the last state back; returns (steps done, records), (0, []) when there is none to continue."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.folder / "checkpoint.safetensors" if self.folder else None
+        if path is None or not path.is_file():
+            return 0, []
+        try:
+            with safe_open(path, framework="pt") as file:
+                state = json.loads(file.metadata()["state"])
+                saved = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("the checkpoint %s cannot be read (%s): the stage starts again", path, error)
+            return 0, []
+        for parameter in self.parameters.values():
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(state["step"]), device=parameter.device),
+                **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
+            }
+        with torch.no_grad():
+            for name, tensor in self._tensors().items():
+                tensor.copy_(saved[name])
+        return int(state["step"]), state["records"]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            tensors[f"weight.{name}"] = parameter
+            for moment in MOMENTS:
+                tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
+        for name, average in zip(self.parameters, self.averages, strict=False):
+            tensors[f"average.{name}"] = average
+        return tensors
+
+
+def mixed_precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """The context of a forward pass whose weights are kept in float32 and will be saved in `dtype`."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)

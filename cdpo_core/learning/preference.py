@@ -1,0 +1,226 @@
+"""Reward and cost models: one backbone, one head for each, learned together from the annotators' labels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from cdpo_core.errors import InputError
+from cdpo_core.learning.batches import Epochs, cut_into_passes, scorer_pass_tokens
+from cdpo_core.learning.calibration import calibration, scorer_report
+from cdpo_core.learning.loop import Schedule, fit, mixed_precision
+from cdpo_core.learning.losses import cost_loss
+from cdpo_core.models.checkpoints import read_model_config, write_json
+from cdpo_core.models.ready_scorer import load_ready_scorer, new_scorer
+from cdpo_core.models.scorer import Scorer, save_scorer
+from cdpo_core.randomness import numpy_stream
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cdpo_core.models.scorer_text import EncodedText
+    from cdpo_core.stages import Runtime, Slice
+
+# Pairs of one prompt that a step trains on together, sharing the prompt's pass through the backbone.
+PAIRS_TOGETHER = 4
+
+
+@dataclass(frozen=True)
+class LabelledPairs:
+    """N response pairs and what the annotators said of them, for each of the scorer's heads.
+
+    Attributes:
+        prompt_ids: [N] str.
+        prompts: N prompts.
+        responses: N pairs of responses.
+        higher: [N, heads] int8, which response the label says scores higher (for the reward the
+            better one, for a cost the less safe one): 0, 1, or -1 unknown.
+        unsafe: [N, heads, 2] int8 flags, 1 unsafe, 0 safe, -1 unknown or no cost.
+    """
+
+    prompt_ids: np.ndarray
+    prompts: list[str]
+    responses: list[tuple[str, str]]
+    higher: np.ndarray
+    unsafe: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def texts(self) -> tuple[list[str], list[str]]:
+        """Prompts and responses of all 2N texts, pair by pair."""
+        return [prompt for prompt in self.prompts for _ in range(2)], [text for pair in self.responses for text in pair]
+
+
+def train_scorers(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    """Stage: one scorer with a head for each of `heads`, trained and calibrated, or a ready one as it is.
+
+    Args:
+        config: seed, heads (list of {name, labels}; labels "" is "better", for the reward), base
+            (`sft`, `scratch` or `loaded`), train, sign (`harmful`, or `safe` for a ready cost model
+            whose larger scores are safer), policy.{max_prompt_tokens, max_response_tokens,
+            trust_remote_code}, reward.{epochs, batch, learning_rate}.
+        inputs: data (prompts, preferences, summary.json), sft (policy), base (model folder) when
+            base is `loaded`.
+        out: gets the scorer's folder, training.json and report.json: for each head the accuracy on
+            held-out prompts with its interval, its calibration, and a warning if it may rank at random.
+        runtime: device, micro_batch (texts), scratch, progress.
+
+    Raises:
+        InputError: labels that the data does not have, or a ready model without a score head.
+        TrainingError: the loss is not finite.
+    """
+    heads = config.heads
+    held_out, train = load_pairs(inputs["data"], heads, required=config.train)
+    sharpness = float(json.loads((inputs["data"] / "summary.json").read_text())["sharpness"])
+    scorer = _starting_scorer(config, inputs).to(runtime.device)
+    records: list[dict[str, Any]] = []
+    if config.train:
+        dtype = _saved_dtype(_base_folder(config, inputs))
+        records = _fit(scorer, train, sharpness, config, dtype, runtime)
+        scorer.backbone.to(dtype)
+    scores = scorer.score(*held_out.texts(), runtime.micro_batch).view(len(held_out), 2, len(heads)).numpy()
+    if config.train:
+        scale, shift = calibration(scores, held_out.higher, held_out.unsafe, sharpness)
+        scorer.scale.copy_(torch.from_numpy(scale))
+        scorer.shift.copy_(torch.from_numpy(shift))
+        scores = scores * scale + shift
+    report = {}
+    for index, head in enumerate(heads):
+        labels = (held_out.higher[:, index], held_out.unsafe[:, index], held_out.prompt_ids)
+        units = {"scale": float(scorer.scale[index]), "shift": float(scorer.shift[index])}
+        report[head["name"]] = {**scorer_report(scores[:, :, index], *labels, sharpness), **units}
+    save_scorer(scorer, out)
+    write_json(out / "report.json", report)
+    write_json(out / "training.json", {"steps": records})
+
+
+def load_pairs(
+    data: Path, heads: Sequence[Mapping[str, str]], *, required: bool
+) -> tuple[LabelledPairs, LabelledPairs]:
+    """The (held-out, training) pairs of a data artifact with the labels that the heads learn from.
+
+    Args:
+        data: the artifact (prompts, preferences).
+        heads: {name, labels} of each head.
+        required: whether labels that the data does not have are an error; else they are unknown.
+
+    Raises:
+        InputError: the data has no such labels.
+    """
+    table = pd.read_parquet(data / "preferences.parquet")
+    prompts = pd.read_parquet(data / "prompts.parquet").set_index("prompt_id")
+    higher = np.full((len(table), len(heads)), -1, dtype=np.int8)
+    unsafe = np.full((len(table), len(heads), 2), -1, dtype=np.int8)
+    for index, head in enumerate(heads):
+        columns = _label_columns(head["labels"])
+        missing = [column for column in columns if column not in table.columns]
+        if missing and not required:
+            continue
+        if missing:
+            raise InputError(
+                f"the data has no labels {head['labels']!r} for {head['name']} (no column {missing[0]})",
+                where="constraints.labels",
+                fix="name labels that the data has, or use a ready model (train: false)",
+            )
+        order = table[columns[0]].to_numpy(np.int8)
+        higher[:, index] = order
+        if head["labels"]:
+            # The label names the safer response; a cost is higher on the other one.
+            higher[:, index] = np.where(order < 0, -1, 1 - order)
+            unsafe[:, index] = table[columns[1:]].to_numpy(np.int8)
+    is_held_out = prompts["held_out"].loc[table["prompt_id"]].to_numpy(bool)
+    return tuple(  # type: ignore[return-value]
+        LabelledPairs(
+            prompt_ids=table["prompt_id"].to_numpy()[part],
+            prompts=prompts["prompt"].loc[table["prompt_id"]].to_numpy()[part].tolist(),
+            responses=list(zip(table["response_0"][part], table["response_1"][part], strict=True)),
+            higher=higher[part],
+            unsafe=unsafe[part],
+        )
+        for part in (is_held_out, ~is_held_out)
+    )
+
+
+def _label_columns(labels: str) -> list[str]:
+    return [f"safer_{labels}", f"unsafe_{labels}_0", f"unsafe_{labels}_1"] if labels else ["better"]
+
+
+def _base_folder(config: Slice, inputs: Mapping[str, Path]) -> Path:
+    return inputs["base"] if config.base == "loaded" else inputs["sft"]
+
+
+def _starting_scorer(config: Slice, inputs: Mapping[str, Path]) -> Scorer:
+    names = [head["name"] for head in config.heads]
+    folder = _base_folder(config, inputs)
+    lengths = (config.policy.max_prompt_tokens, config.policy.max_response_tokens)
+    trusted = config.policy.trust_remote_code
+    if not config.train:
+        return load_ready_scorer(folder, names, *lengths, flip=config.sign == "safe", trust_remote_code=trusted)
+    seed = config.seed if config.base == "scratch" else None
+    return new_scorer(folder, names, *lengths, scratch_seed=seed, trust_remote_code=trusted)
+
+
+def _fit(
+    scorer: Scorer, pairs: LabelledPairs, sharpness: float, config: Slice, dtype: torch.dtype, runtime: Runtime
+) -> list[dict[str, Any]]:
+    """Joint maximum likelihood of all heads' labels; scores times sharpness are log-odds."""
+    for index, head in enumerate(config.heads):
+        if (pairs.higher[:, index] < 0).all() and (pairs.unsafe[:, index] < 0).all():
+            raise InputError(
+                f"no pair carries a label for {head['name']}",
+                where=f"labels {head['labels'] or 'better'!r}",
+                fix="give data with these labels, or use a ready model (train: false)",
+            )
+    encoded = scorer.encode(*pairs.texts())
+    device = scorer.heads.weight.device
+    higher = torch.from_numpy(pairs.higher.astype(np.int64)).to(device)
+    unsafe = torch.from_numpy(pairs.unsafe.astype(np.int64)).to(device)
+    batch = min(config.reward.batch, len(pairs))
+    epochs = Epochs(lambda epoch: _pair_order(pairs.prompt_ids, config.seed, epoch), len(pairs), batch)
+    lengths = [_longest(encoded[2 * row : 2 * row + 2]) for row in range(len(pairs))]
+    tokens = scorer_pass_tokens(scorer.backbone)
+
+    def losses_at(step: int) -> Iterator[dict[str, Tensor]]:
+        _, rows = epochs.at(step)
+        for places in cut_into_passes([lengths[row] for row in rows], 2, tokens, runtime.micro_batch):
+            # In the order of their prompts, neighbours share one.
+            chosen = rows[sorted(places)]
+            with mixed_precision(device, dtype):
+                raw = scorer([encoded[2 * row + side] for row in chosen for side in (0, 1)])
+            scores = sharpness * raw.view(len(chosen), 2, -1).transpose(1, 2)
+            place = torch.from_numpy(chosen).to(device)
+            by_head = cost_loss(scores, higher[place], unsafe[place]).sum(0) / len(rows)
+            parts = {head["name"]: value.detach() for head, value in zip(config.heads, by_head, strict=True)}
+            yield {"loss": by_head.sum(), **parts}
+
+    steps = -(-config.reward.epochs * len(pairs) // batch)
+    scorer.requires_grad_(True)
+    return fit(scorer, losses_at, Schedule(steps, config.reward.learning_rate), runtime, "scorers")
+
+
+def _pair_order(prompt_ids: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """One epoch's order: random, but with up to PAIRS_TOGETHER pairs of a prompt side by side."""
+    stream = numpy_stream(seed, "scorers", epoch)
+    order = stream.permutation(len(prompt_ids))
+    order = order[np.argsort(prompt_ids[order], kind="stable")]
+    prompts = prompt_ids[order]
+    first = np.flatnonzero(np.r_[True, prompts[1:] != prompts[:-1]])
+    rank = np.arange(len(order)) - np.repeat(first, np.diff(np.r_[first, len(order)]))
+    block = np.cumsum(rank % PAIRS_TOGETHER == 0) - 1
+    return order[np.argsort(stream.permutation(block[-1] + 1)[block], kind="stable")]
+
+
+def _longest(texts: Sequence[EncodedText]) -> int:
+    return max(sum(map(len, text)) for text in texts)
+
+
+def _saved_dtype(folder: Path) -> torch.dtype:
+    return getattr(torch, read_model_config(folder).get("dtype") or "float32")

@@ -1,0 +1,81 @@
+"""Rewards and costs of responses: by the scorers, or on the testbed by the truth itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from cdpo_core.errors import InputError
+from cdpo_core.models.scorer import load_scorer
+
+if TYPE_CHECKING:
+    from cdpo_core.stages import Runtime, Slice
+
+
+def score_responses(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    """Stage: one row of scores for each response; writes scores.parquet.
+
+    Args:
+        config: constraints (list of {name, labels}), oracle (whether the testbed's truth scores),
+            trust_remote_code is not needed: scorers are artifacts of this project.
+        inputs: data (prompts; world.json if oracle), responses, scorers_0, scorers_1, ... with
+            together a head `reward` and one for each constraint.
+        out: gets scores.parquet: prompt_id, sample, reward, cost_<name> (float64, calibrated units),
+            rows as in responses.parquet.
+        runtime: device, micro_batch (texts), progress.
+
+    Raises:
+        InputError: no scorer has a head of a needed name, or the world knows no such cost.
+    """
+    responses = pd.read_parquet(inputs["responses"] / "responses.parquet", columns=["prompt_id", "sample", "response"])
+    names = [item["name"] for item in config.constraints]
+    score = _truth if config.oracle else _learned
+    values = score(config, inputs, responses, runtime)
+    table = responses[["prompt_id", "sample"]].assign(reward=values["reward"])
+    for name in names:
+        table[f"cost_{name}"] = values[name]
+    table.to_parquet(out / "scores.parquet", index=False)
+
+
+def _learned(
+    config: Slice, inputs: Mapping[str, Path], responses: pd.DataFrame, runtime: Runtime
+) -> dict[str, np.ndarray]:
+    prompts = pd.read_parquet(inputs["data"] / "prompts.parquet").set_index("prompt_id")["prompt"]
+    texts = (prompts.loc[responses["prompt_id"]].tolist(), responses["response"].tolist())
+    folders = [inputs[name] for name in sorted(inputs) if name.startswith("scorers_")]
+    values: dict[str, np.ndarray] = {}
+    for folder in folders:
+        scorer = load_scorer(folder, runtime.device)
+        scores = scorer.score(*texts, runtime.micro_batch, lambda done, total: runtime.progress("scores", done, total))
+        values |= {name: scores[:, index].numpy() for index, name in enumerate(scorer.names)}
+    missing = {"reward", *(item["name"] for item in config.constraints)} - set(values)
+    if missing:
+        raise InputError(
+            f"no scorer gives {min(missing)!r}",
+            where=", ".join(sorted(values)) or "no scorers",
+            fix="train or name one for each constraint",
+        )
+    return values
+
+
+def _truth(
+    config: Slice, inputs: Mapping[str, Path], responses: pd.DataFrame, runtime: Runtime
+) -> dict[str, np.ndarray]:
+    from cdpo_core.testbed.world import World
+
+    world = World.load(inputs["data"] / "world.json")
+    reward, costs = world.score_texts(responses["prompt_id"].tolist(), responses["response"].tolist())
+    labels = [item["labels"] for item in config.constraints]
+    unknown = [label for label in labels if label not in world.labels]
+    if unknown:
+        raise InputError(
+            f"the testbed has no labels {unknown[0]!r}, but {', '.join(world.labels)}",
+            where="constraints.labels",
+            fix="name labels that the testbed has",
+        )
+    truth = {item["name"]: costs[:, world.labels.index(item["labels"])] for item in config.constraints}
+    return {"reward": reward, **truth}

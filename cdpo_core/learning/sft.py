@@ -1,0 +1,98 @@
+"""Supervised fine-tuning on demonstrations: makes the reference policy π_ref."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+
+from cdpo_core.errors import InputError
+from cdpo_core.learning.batches import Epochs, cut_into_passes, policy_pass_tokens
+from cdpo_core.learning.loop import Schedule, fit, mixed_precision
+from cdpo_core.learning.losses import sft_loss
+from cdpo_core.models.checkpoints import write_json
+from cdpo_core.models.logprobs import response_log_probs
+from cdpo_core.models.policy import Policy, load_policy, new_policy, save_policy
+from cdpo_core.models.tokenizer import train_tokenizer
+from cdpo_core.randomness import numpy_stream
+
+if TYPE_CHECKING:
+    from cdpo_core.stages import Runtime, Slice
+
+
+def train_sft(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    """Stage: the reference policy, trained on the demonstrations or taken as it is.
+
+    Args:
+        config: seed, policy.{base, template, max_prompt_tokens, max_response_tokens, dtype,
+            trust_remote_code, hidden_size, layers, heads, vocabulary_size},
+            sft.{train, steps, batch, learning_rate}.
+        inputs: data (demonstrations.parquet); base, a model folder, unless policy.base is `scratch`.
+        out: gets the policy's Hugging Face folder with policy.json, and training.json.
+        runtime: device, micro_batch (demonstrations), scratch, progress.
+
+    Raises:
+        InputError: `scratch` without training, or no demonstrations.
+        TrainingError: the loss is not finite.
+    """
+    demonstrations = pd.read_parquet(inputs["data"] / "demonstrations.parquet")
+    policy = _starting_policy(config, inputs, demonstrations, runtime)
+    records = []
+    if config.sft.train:
+        if demonstrations.empty:
+            raise InputError(
+                "there are no demonstrations to learn from",
+                where=str(inputs["data"]),
+                fix="give data with responses, or set sft.train: false with a ready policy as base",
+            )
+        records = _train(policy, demonstrations, config, runtime)
+    policy.model.to(getattr(torch, config.policy.dtype))
+    save_policy(policy, out)
+    write_json(out / "training.json", {"steps": records})
+
+
+def _starting_policy(
+    config: Slice, inputs: Mapping[str, Path], demonstrations: pd.DataFrame, runtime: Runtime
+) -> Policy:
+    if config.policy.base != "scratch":
+        dtype = torch.float32 if config.sft.train else None
+        return load_policy(inputs["base"], config_policy=config.policy, device=runtime.device, dtype=dtype)
+    if not config.sft.train:
+        raise InputError(
+            "a policy from scratch needs training", where="sft.train", fix="set sft.train: true, or give policy.base"
+        )
+    texts = pd.concat([demonstrations["prompt"], demonstrations["response"]])
+    tokenizer = train_tokenizer(texts, config.policy.vocabulary_size)
+    policy = new_policy(config.policy, tokenizer, config.seed)
+    policy.model.to(device=runtime.device, dtype=torch.float32)
+    return policy
+
+
+def _train(policy: Policy, demonstrations: pd.DataFrame, config: Slice, runtime: Runtime) -> list[dict[str, float]]:
+    distinct = demonstrations["prompt"].drop_duplicates().tolist()
+    encoded = dict(zip(distinct, policy.encode_prompts(distinct), strict=True))
+    prompts = [encoded[prompt] for prompt in demonstrations["prompt"]]
+    responses = policy.encode_responses(demonstrations["response"].tolist())
+    epochs = Epochs(
+        lambda epoch: numpy_stream(config.seed, "sft", epoch).permutation(len(prompts)), len(prompts), config.sft.batch
+    )
+    tokens = policy_pass_tokens(policy.model)
+    dtype = getattr(torch, config.policy.dtype)
+
+    def losses_at(step: int) -> Iterator[dict[str, torch.Tensor]]:
+        _, rows = epochs.at(step)
+        in_all = sum(len(responses[row]) for row in rows)
+        lengths = [len(prompts[row]) + len(responses[row]) for row in rows]
+        for places in cut_into_passes(lengths, 1, tokens, runtime.micro_batch):
+            chosen = rows[places]
+            with mixed_precision(policy.device, dtype):
+                log_probs = response_log_probs(
+                    policy.model, [prompts[row] for row in chosen], [[responses[row]] for row in chosen], policy.pad_id
+                )
+            yield {"loss": sft_loss(log_probs, in_all)}
+
+    schedule = Schedule(config.sft.steps, config.sft.learning_rate)
+    return fit(policy.model, losses_at, schedule, runtime, "sft")

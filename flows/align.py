@@ -1,0 +1,99 @@
+"""Align: the rounds of constrained DPO, from the first lambda until the limit is met."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from prefect import flow
+
+from cdpo_core.artifacts import ArtifactRef
+from cdpo_core.dual.ascent import Round, next_step
+from cdpo_core.evaluation.measure import Measured
+from cdpo_core.evaluation.metrics import Candidate
+from cdpo_core.evaluation.result import round_record
+from tasks.dual import OfflinePlan, candidate, choose_round, cost_upper, dual_round, plan_dual
+from tasks.evaluation import exact_floor
+from tasks.journal import Journal
+from tasks.records import Prepared, Scored
+from tasks.rounds import measure_policy, train_policy
+from tasks.workbench import Workbench
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The rounds and which of them is returned.
+
+    Attributes:
+        status: `met`, `exhausted` or `infeasible`; without any round when the limit is known to be
+            out of reach.
+        reason: one sentence.
+        chosen: index into `rounds` and `policies`; the round with the most reward among those that
+            the certificate would pass, else the one with the lowest bound.
+    """
+
+    plan: OfflinePlan
+    history: list[Round]
+    rounds: list[dict[str, Any]]
+    policies: list[ArtifactRef]
+    chosen: int
+    status: str
+    reason: str
+    exact_floor: list[float] | None
+
+    @property
+    def policy(self) -> ArtifactRef | None:
+        """The chosen round's policy; None without any round."""
+        return self.policies[self.chosen] if self.policies else None
+
+    def floor(self) -> list[float]:
+        """[m] the lowest mean costs known: exact on the testbed, else of the samples and the rounds."""
+        if self.exact_floor is not None:
+            return self.exact_floor
+        return [min(costs) for costs in zip(self.plan.dual.floor().tolist(), *(r.cost for r in self.history), strict=True)]
+
+
+@flow(name="align", validate_parameters=False)
+def align(bench: Workbench, prepared: Prepared, scored: Scored, journal: Journal) -> Alignment:
+    """Train at lambda, measure on the selection prompts, move lambda; then choose among the rounds."""
+    plan = plan_dual(bench, scored)
+    if plan.warning:
+        log.warning(plan.warning)
+    floor = exact_floor(bench, prepared) if bench.config.on_testbed else None
+    if floor and any(limit < low for limit, low in zip(plan.settings.limit, floor, strict=True)):
+        return Alignment(plan, [], [], [], -1, "infeasible", "the limit lies below the exact floor", floor)
+    history: list[Round] = []
+    candidates: list[Candidate] = []
+    rounds: list[dict[str, Any]] = []
+    policies: list[ArtifactRef] = []
+    while (step := next_step(history, plan.settings, plan.first_lambda)).lambda_ is not None:
+        log.info(step.reason)
+        previous = policies[-1] if policies and bench.config.dual.warm_start else None
+        policy = train_policy(bench, prepared, scored, step.lambda_, previous)
+        measured = _on_selection(bench, prepared, scored, policy, step.lambda_)
+        policies.append(policy)
+        history.append(dual_round(bench, prepared, scored, measured, step.lambda_))
+        candidates.append(candidate(bench, measured, history[-1]))
+        figures = {
+            "cost": history[-1].cost,
+            "cost_upper": cost_upper(bench, scored, candidates[-1]),
+            "reward": measured.reward().mean,
+            "kl": measured.kl().mean,
+            "safe_rate": measured.safe_rate(bench.names).mean,
+            "seconds": bench.seconds(policy),
+        }
+        rounds.append(round_record(len(rounds) + 1, step.lambda_, figures))
+        journal.round(rounds, policy)
+    log.info(step.reason)
+    chosen = choose_round(bench, scored, candidates)
+    return Alignment(plan, history, rounds, policies, chosen, step.status, step.reason, floor)
+
+
+def _on_selection(
+    bench: Workbench, prepared: Prepared, scored: Scored, policy: ArtifactRef, lambda_: tuple[float, ...]
+) -> Measured:
+    label = "selection at λ = " + ", ".join(f"{value:g}" for value in lambda_)
+    return measure_policy(bench, prepared, scored, policy, "selection", bench.config.sampling.selection, label)

@@ -1,0 +1,318 @@
+"""The `cdpo` command line.
+
+What a command needs is imported when it runs, so that help is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+
+from cdpo_core.errors import InputError
+from flows.command_line import default_to_nothing, split_tokens, write_json
+from flows.terminal import log_to_file, print_error, showing_progress
+from tasks.environment import cdpo_home, quiet_environment
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cdpo_core.config import ExperimentConfig
+
+DONE, FAILED, BAD_INPUT, NOT_CERTIFIED, INTERRUPTED = 0, 1, 2, 3, 130
+
+EXAMPLES = """\
+Examples
+  cdpo run testbed                          from nothing to a certified policy (4 minutes on 2 cores)
+  cdpo run testbed --limit -1 --seed 1      another limit, another seed; what is unchanged is not computed again
+  cdpo run my.yaml --data.source pairs.jsonl --dpo.beta 0.1 --json result.json
+  cdpo sweep testbed --limits -1.2,-0.8,-0.5,-0.2
+  cdpo check-data pairs.jsonl               what is in a data set, before anything is computed
+  cdpo up                                   Prefect and MLflow in the browser, with deployments to start
+
+CONFIG is a YAML file or the name of a shipped preset. Any field of it can be set as --SECTION.FIELD VALUE;
+--debug adds the traceback to an error. Ctrl-C or a crash loses little: the same command continues.
+Exit codes: 0 done, 1 failure, 2 bad input, 3 finished without a certified policy."""
+
+Config = Annotated[str, Parameter(help="YAML file, or the name of a shipped preset (testbed, tiny, …).")]
+Json = Annotated[Path | None, Parameter(name="--json", help="Write the result to this file.", metavar="FILE")]
+Limit = Annotated[
+    str | None,
+    Parameter(help="Largest allowed mean cost, of the first constraint.", allow_leading_hyphen=True, metavar="COST"),
+]
+Seed = Annotated[str | None, Parameter(help="Seed of every random stream.", metavar="N")]
+StoreUri = Annotated[str | None, Parameter(help="Artifact store: a folder, or s3://bucket/prefix.", metavar="URI")]
+Name = Annotated[str | None, Parameter(help="Name shown in the UIs.", metavar="TEXT")]
+Overrides = Annotated[dict[str, str] | None, Parameter(parse=False)]
+
+app = App(
+    name="cdpo",
+    help="Constrained DPO: a language model, preferences and a limit on harm in, a certified policy out.",
+    help_format="plaintext",
+    version=lambda: _version(),
+    help_epilogue=EXAMPLES,
+    usage="Usage: cdpo COMMAND [ARGUMENTS] [--SECTION.FIELD VALUE …]",
+)
+
+
+@app.command(sort_key=1)
+def run(
+    config: Config,
+    /,
+    *,
+    limit: Limit = None,
+    seed: Seed = None,
+    store: StoreUri = None,
+    name: Name = None,
+    json: Json = None,
+    overrides: Overrides = None,
+) -> int:
+    """Run one experiment: data, models, rounds, certificate, evaluation. Continues where a former run ended."""
+    given = {**(overrides or {}), **_shortcuts(limit, seed, store, name)}
+    experiment = _load(config, given, json)
+    log_file = _quiet("run")
+    from flows.experiment import run_experiment
+    from flows.preflight import check_before_run
+
+    check_before_run(experiment)
+    with showing_progress() as progress:
+        result = run_experiment(experiment, progress=progress)
+    if json is not None:
+        write_json(json, result)
+    from flows.closing_report import print_result
+
+    print_result(result, _stdout())
+    _stdout().print(f"  Log      {log_file}", markup=False, highlight=False, soft_wrap=True)
+    return DONE if result["status"] == "certified" else NOT_CERTIFIED
+
+
+@app.command(sort_key=2)
+def plan(
+    config: Config,
+    /,
+    *,
+    limit: Limit = None,
+    seed: Seed = None,
+    store: StoreUri = None,
+    json: Json = None,
+    overrides: Overrides = None,
+) -> int:
+    """Show what a run would do: which stages are there already, which it would compute, the planned margin."""
+    given = {**(overrides or {}), **_shortcuts(limit, seed, store)}
+    experiment = _load(config, given, json)
+    _quiet("plan")
+    from flows.plan import plan_experiment
+    from flows.plan_report import print_plan
+
+    found = plan_experiment(experiment)
+    if json is not None:
+        write_json(json, found)
+    print_plan(found, experiment, _stdout())
+    return DONE
+
+
+@app.command(sort_key=3)
+def sweep(
+    config: Config,
+    /,
+    *,
+    limits: Annotated[
+        str, Parameter(help="Limits of the first constraint: a,b,c.", allow_leading_hyphen=True, metavar="A,B,C")
+    ],
+    seeds: Annotated[str, Parameter(help="One sweep for each of these seeds: 0,1,2.", metavar="N,N,N")] = "",
+    set_: Annotated[
+        list[str] | None,
+        Parameter(name="--set", help="One sweep for each of these values: dpo.beta=0.25,0.5.", metavar="FIELD=A,B"),
+    ] = None,
+    store: StoreUri = None,
+    name: Name = None,
+    json: Json = None,
+    overrides: Overrides = None,
+) -> int:
+    """Run one experiment for each limit; stages they share are computed once. Shows reward over cost."""
+    from flows.grid import grid, parse_limits
+
+    numbers = parse_limits(limits)
+    given = {**(overrides or {}), **_shortcuts(None, None, store, name)}
+    combinations = grid(seeds, set_ or [])
+    experiments = [_load(config, {**given, **combination}, json) for combination in combinations]
+    _quiet("sweep")
+    from flows.closing_report import print_sweep
+    from flows.preflight import check_before_run
+    from flows.sweep import run_sweep
+
+    for experiment in experiments:
+        check_before_run(experiment)
+    results = []
+    for combination, experiment in zip(combinations, experiments, strict=True):
+        if combination:
+            settings = ", ".join(f"{path} = {value}" for path, value in combination.items())
+            _stdout().print(f"\n{settings}", style="bold", markup=False)
+        with showing_progress() as progress:
+            result = run_sweep(experiment, numbers, progress=progress)
+        print_sweep(result, _stdout())
+        results.append({"settings": combination, **result})
+    if json is not None:
+        write_json(json, results[0] if len(results) == 1 else {"sweeps": results})
+    return DONE if all(result["chosen"] for result in results) else NOT_CERTIFIED
+
+
+@app.command(name="check-data", sort_key=4)
+def check_data(file: Annotated[str, Parameter(help="File, folder or hub id.")], /, *, overrides: Overrides = None) -> int:
+    """Check a data set and show what is in it: rows, labels, what would be quarantined."""
+    experiment = _load("", {**(overrides or {}), "data.source": file})
+    from cdpo_core.data.prepare import check_source
+
+    for line in check_source(experiment).lines():
+        _stdout().print(line, markup=False, highlight=False, soft_wrap=True)
+    return DONE
+
+
+@app.command(sort_key=5)
+def export(
+    ref: Annotated[str, Parameter(help="The policy's reference, as `cdpo run` prints it.")],
+    folder: Annotated[Path, Parameter(name="DIR", help="Folder to make.")],
+    /,
+    *,
+    store: StoreUri = None,
+) -> int:
+    """Write a policy as a Hugging Face folder with a model card that carries its certificate."""
+    from flows.export import export_policy
+
+    result = export_policy(ref, folder, store or "")
+    status = result["status"].replace("_", " ") if result else "from no finished run: it carries no certificate"
+    _stdout().print(f"Written to {folder} ({status}).", markup=False, highlight=False, soft_wrap=True)
+    return DONE
+
+
+@app.command(sort_key=6)
+def sample(
+    policy: Annotated[str, Parameter(help="A policy's reference, or a Hugging Face folder or hub id.")],
+    *prompts: Annotated[str, Parameter(help="Prompts to answer.")],
+    number: Annotated[int, Parameter(name=["--number", "-n"], help="Responses to each prompt.")] = 3,
+    seed: Annotated[int, Parameter(help="Seed of the draw.")] = 0,
+    temperature: Annotated[float, Parameter(help="Temperature of the draw.")] = 1.0,
+    store: StoreUri = None,
+    overrides: Overrides = None,
+) -> int:
+    """Draw responses from a policy."""
+    from flows.sampling import draw
+
+    if not prompts or number < 1 or not temperature > 0:
+        raise InputError(
+            "sampling needs a prompt, a number of at least 1 and a positive temperature",
+            where="cdpo sample",
+            fix='for example: cdpo sample REF "PROMPT" --number 3',
+        )
+    settings = _load("", overrides or {}).policy
+    for prompt, responses in draw(policy, prompts, number, temperature, seed, settings, store or ""):
+        _stdout().print(prompt, style="bold", markup=False, highlight=False, soft_wrap=True)
+        for response in responses:
+            _stdout().print(f"  {response}", markup=False, highlight=False, soft_wrap=True)
+    return DONE
+
+
+@app.command(sort_key=7)
+def up(
+    *,
+    prefect_port: Annotated[int, Parameter(help="Port of the Prefect server.", metavar="PORT")] = 4200,
+    mlflow_port: Annotated[int, Parameter(help="Port of the MLflow server.", metavar="PORT")] = 5000,
+) -> int:
+    """Start the Prefect server, the MLflow server, the deployments and a worker; Ctrl-C ends them all."""
+    from flows.up import serve
+
+    return serve(prefect_port, mlflow_port)
+
+
+@app.command(sort_key=8)
+def doctor(config: Annotated[str, Parameter(help="YAML file or preset.")] = "testbed", *, overrides: Overrides = None) -> int:
+    """Look at what is installed, reachable and writable, and say what to do about what is not."""
+    from flows.doctor import examine
+
+    findings = examine(_load(config, overrides or {}))
+    for finding in findings:
+        sign = "✗" if finding.fix else "✓"
+        _stdout().print(f"{sign} {finding.what:<13} {finding.found}", markup=False, highlight=False, soft_wrap=True)
+        if finding.fix:
+            _stdout().print(f"  fix:          {finding.fix}", markup=False, highlight=False, soft_wrap=True)
+    return FAILED if any(finding.fix for finding in findings) else DONE
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    quiet_environment()
+    tokens: list[str] = []
+    debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
+    try:
+        tokens, overrides = split_tokens(sys.argv[1:] if arguments is None else arguments)
+        command, bound, left = app.parse_args(tokens, exit_on_error=False, print_error=False)
+        return _call(command, bound.args, bound.kwargs, overrides, takes_overrides="overrides" in left)
+    except CycloptsError as error:
+        fix = f"cdpo {tokens[0]} --help" if tokens and not tokens[0].startswith("-") else "cdpo --help"
+        return print_error(InputError(str(error).rstrip("."), where="command line", fix=fix), debug=debug)
+    except KeyboardInterrupt:
+        print("\ninterrupted: what is finished is kept, and the same command continues from there", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        return default_to_nothing()
+    except Exception as error:
+        return print_error(error, debug=debug)
+
+
+def _call(
+    command: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    overrides: dict[str, str],
+    *,
+    takes_overrides: bool,
+) -> int:
+    if overrides and not takes_overrides:
+        raise InputError(
+            "this command has no config to set a field of",
+            where=f"command line: --{next(iter(overrides))}",
+            fix="leave it out; `cdpo --help` lists the commands",
+        )
+    return int(command(*args, **kwargs, **({"overrides": overrides} if takes_overrides else {})) or DONE)
+
+
+def _shortcuts(limit: str | None, seed: str | None, store: str | None, name: str | None = None) -> dict[str, str]:
+    paths = {"constraints.0.limit": limit, "seed": seed, "store.uri": store, "name": name}
+    return {path: value for path, value in paths.items() if value is not None}
+
+
+def _load(config: str, overrides: Mapping[str, str], json: Path | None = None) -> ExperimentConfig:
+    from cdpo_core.config_loading import load_config
+
+    if json is not None and (json.is_dir() or not json.absolute().parent.is_dir()):
+        raise InputError("the result cannot be written there", where=f"--json {json}", fix="name a file in a folder there is")
+    return load_config(config, overrides)
+
+
+def _quiet(command: str) -> Path:
+    """Join the servers of a running `cdpo up`, and send the libraries' logs to a file."""
+    from flows.up import join_running
+
+    join_running()
+    return log_to_file(cdpo_home() / "logs", command)
+
+
+def _version() -> str:
+    try:
+        return version("cdpo")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _stdout() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""The closing words of a run and of a sweep, written from their result records alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cdpo_core.evaluation.result import verdict
+
+Record = Mapping[str, Any]
+
+
+def print_result(result: Record, console: Console) -> None:
+    """Methods × figures, the trajectory of λ, the scorers, the truth where it is known, the verdict, what is next."""
+    console.print()
+    console.print(_methods(result))
+    if len(result["constraints"]) > 1:
+        console.print(_constraints(result))
+    if result["rounds"]:
+        console.print(_rounds(result))
+    lines = [*_scorers(result), *_truth(result), *_work(result)]
+    _print(console, "", *lines, "")
+    style = "bold green" if result["status"] == "certified" else "bold yellow"
+    console.print(verdict(result), style=style, markup=False, highlight=False, soft_wrap=True)
+    _print(console, "", *_next(result))
+
+
+def print_sweep(result: Record, console: Console) -> None:
+    """The frontier as a table, and which limit's policy was chosen."""
+    table = _table(f"Sweep over {len(result['frontier'])} limits", "limit", "status", "λ", "reward", "cost", "true cost")
+    for point in result["frontier"]:
+        table.add_row(
+            _number(point.get("limit"), "+.3g"),
+            str(point.get("status", "")).replace("_", " "),
+            _number(point.get("lambda"), ".3g"),
+            _mean(point.get("reward")),
+            _interval(point.get("cost")),
+            _number(point.get("true_cost")),
+        )
+    console.print()
+    console.print(table)
+    chosen = result.get("chosen")
+    if chosen:
+        reference = _reference(chosen.get("policy"))
+        _print(console, "", f"Chosen: the policy of limit {chosen['limit']:g}.")
+        if reference:
+            _print(console, f"  Use it   cdpo export {reference} DIR")
+    else:
+        _print(console, "", "No limit of this sweep led to a certified policy.")
+    _print(console, *_tracking(result))
+
+
+def _methods(result: Record) -> Table:
+    constraint = result["constraints"][0]
+    cost = "cost [95 %]" if len(result["constraints"]) == 1 else f"{constraint['name']} [95 %]"
+    table = _table("Held-out test prompts", "method", "reward", cost, "limit", "safe", "KL", "wins")
+    rows = dict(result["baselines"])
+    if result.get("test"):
+        rows[f"C-DPO (λ = {_lambda(result.get('lambda'))})"] = result["test"]
+    for name, figures in rows.items():
+        table.add_row(
+            name,
+            _mean(figures.get("reward")),
+            _interval(figures.get("cost")),
+            f"{constraint['limit']:g}",
+            _percent(figures.get("safe_rate")),
+            _mean(figures.get("kl")),
+            _percent(figures.get("win_rate")),
+        )
+    return table
+
+
+def _constraints(result: Record) -> Table:
+    table = _table("Limits", "cost", "limit", "λ", "mean", "bound", "holds")
+    for item in result["constraints"]:
+        certificate = item.get("certificate") or {}
+        table.add_row(
+            item["name"],
+            f"{item['limit']:g}",
+            _lambda(item.get("lambda")),
+            _mean(item.get("cost")),
+            _number(certificate.get("upper")),
+            {True: "yes", False: "no"}.get(certificate.get("passed"), "not tested"),
+        )
+    return table
+
+
+def _rounds(result: Record) -> Table:
+    table = _table("Rounds (selection prompts)", "round", "λ", "reward", "cost", "bound", "KL", "seconds")
+    for item in result["rounds"]:
+        table.add_row(
+            str(item["round"]),
+            _lambda(item["lambda"]),
+            _mean(item["reward"]),
+            _mean(item["cost"]),
+            _number(item.get("cost_upper")),
+            _mean(item.get("kl")),
+            _number(item.get("seconds"), ".1f"),
+        )
+    return table
+
+
+def _scorers(result: Record) -> list[str]:
+    lines = []
+    for name, report in (result.get("scorers") or {}).items():
+        if report.get("accuracy") is None:
+            continue
+        line = f"{name} model: accuracy {report['accuracy']:.3f} [{report['low']:.3f}, {report['high']:.3f}]"
+        line += f" on {report['pairs']} held-out pairs of {report['prompts']} prompts"
+        if report["low"] <= 0.5:
+            line += " — no better than chance, as far as this interval tells"
+        lines.append(line)
+    return lines
+
+
+def _truth(result: Record) -> list[str]:
+    oracle = result.get("oracle")
+    if not oracle:
+        return []
+    optimum = (
+        f"the best policy there is: reward {_number(oracle.get('optimal_reward'))}, "
+        f"cost {_number(oracle.get('optimal_cost'))} at λ = {_lambda(oracle.get('optimal_lambda'))}"
+    )
+    if oracle.get("captured") is None:
+        return [f"Truth: {optimum}"]
+    return [
+        f"Truth: {oracle['captured']:.3f} of the possible gain captured (ceiling {_number(oracle.get('captured_ceiling'))}"
+        f" with a certificate, {_number(oracle.get('scorer_ceiling'))} with these scorers)",
+        f"       reward {_number(oracle['true_reward'])}, cost {_number(oracle['true_cost'])} against the limit "
+        f"{result['constraints'][0]['limit']:g}; {optimum}",
+    ]
+
+
+def _work(result: Record) -> list[str]:
+    stages = result.get("stages") or []
+    cached = sum(bool(stage["cached"]) for stage in stages)
+    seconds = sum(stage["seconds"] for stage in stages if not stage["cached"])
+    return [f"{len(stages)} stages: {cached} were there already, {len(stages) - cached} computed in {seconds:.0f} s"]
+
+
+def _next(result: Record) -> list[str]:
+    reference = _reference(result.get("policy"))
+    lines = _tracking(result)
+    if reference:
+        lines.append(f"  Policy   {reference}")
+        lines.append(f'  Try it   cdpo sample {reference} "PROMPT"')
+        lines.append(f"  Use it   cdpo export {reference} DIR")
+    return lines
+
+
+def _tracking(result: Record) -> list[str]:
+    tracking = result.get("tracking") or {}
+    uri, run = str(tracking.get("uri") or ""), tracking.get("run_id") or ""
+    if not uri:
+        return []
+    if tracking.get("url") or uri.startswith("http"):
+        return [f"  MLflow   {tracking.get('url') or uri} (run {run})"]
+    return [f"  MLflow   cdpo up, or: mlflow ui --backend-store-uri {uri} (run {run})"]
+
+
+def _reference(policy: Any) -> str:
+    return str(policy.get("uri", "")) if isinstance(policy, Mapping) else str(policy or "")
+
+
+def _table(title: str, first: str, *others: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column(first, no_wrap=True)
+    for head in others:
+        table.add_column(head, justify="right", no_wrap=True)
+    return table
+
+
+def _print(console: Console, *lines: str) -> None:
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _lambda(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_lambda, value))
+    return _number(value, ".3g")
+
+
+def _mean(value: Any) -> str:
+    return _number(value.get("mean") if isinstance(value, Mapping) else value)
+
+
+def _interval(value: Any) -> str:
+    if not isinstance(value, Mapping):
+        return _number(value)
+    return f"{_number(value['mean'])} [{_number(value['low'])}, {_number(value['high'])}]"
+
+
+def _percent(value: Any) -> str:
+    mean = value.get("mean") if isinstance(value, Mapping) else value
+    return "–" if mean is None else f"{100 * mean:.0f} %"
+
+
+def _number(value: Any, spec: str = ".2f") -> str:
+    return "–" if value is None else format(float(value), spec)

@@ -1,0 +1,138 @@
+"""What `cdpo doctor` looks at: what is installed, reachable and writable, and what to do about what is not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cdpo_core.config import ExperimentConfig
+from cdpo_core.errors import CdpoError
+
+PACKAGES = ("torch", "transformers", "prefect", "mlflow", "pydantic", "fastapi", "boto3", "datasets", "peft")
+LEAST_FREE_GIB = 2
+ENVIRONMENT = ("CDPO_HOME", "PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "HF_HUB_OFFLINE")
+SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination.
+
+    Attributes:
+        what: what was looked at.
+        found: what was found there.
+        fix: what to do about it; "" when all is well.
+    """
+
+    what: str
+    found: str
+    fix: str = ""
+
+
+def examine(config: ExperimentConfig) -> list[Finding]:
+    """Look at everything a run needs; changes nothing but a probe file in the store."""
+    looks: list[tuple[str, Callable[[], Finding]]] = [
+        ("Python", _python),
+        *((name, lambda name=name: _package(name)) for name in PACKAGES),  # type: ignore[misc]
+        ("machine", _machine),
+        ("state folder", _home),
+        ("store", lambda: _store(config)),
+        ("MLflow", lambda: _mlflow(config)),
+        ("Prefect", _prefect),
+        ("environment", _environment),
+    ]
+    findings = []
+    for what, look in looks:
+        try:
+            findings.append(look())
+        except CdpoError as error:
+            findings.append(Finding(what, f"{error.what} ({error.where})", error.fix or "see above"))
+    return findings
+
+
+def _python() -> Finding:
+    version = platform.python_version()
+    fits = (3, 11) <= tuple(map(int, version.split(".")[:2])) < (3, 13)
+    return Finding("Python", version, "" if fits else "use Python 3.11 or 3.12")
+
+
+def _package(name: str) -> Finding:
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, "not installed", "make env, or pip install --constraint constraints.txt .")
+    if name == "fastapi" and tuple(map(int, version.split(".")[:2])) >= (0, 151):
+        return Finding(name, version, "Prefect 3.8 crashes with it: pip install 'fastapi<0.151'")
+    return Finding(name, version)
+
+
+def _machine() -> Finding:
+    import psutil
+    import torch
+
+    memory = psutil.virtual_memory().total / 2**30
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return Finding("machine", f"{os.cpu_count()} cores, {memory:.0f} GiB, {', '.join(gpus) or 'no GPU'}")
+
+
+def _home() -> Finding:
+    from tasks.environment import cdpo_home
+
+    home = cdpo_home()
+    nearest = next(folder for folder in (home, *home.parents) if folder.exists())
+    if not os.access(nearest, os.W_OK):
+        return Finding("state folder", f"{home} cannot be written", "give another folder in CDPO_HOME")
+    free = shutil.disk_usage(nearest).free / 2**30
+    fix = f"free at least {LEAST_FREE_GIB} GiB, or give another folder in CDPO_HOME" if free < LEAST_FREE_GIB else ""
+    return Finding("state folder", f"{home}, {free:.0f} GiB free", fix)
+
+
+def _store(config: ExperimentConfig) -> Finding:
+    from tasks.workbench import store_of
+
+    store = store_of(config)
+    store.probe()
+    return Finding("store", f"{store.uri}: read and written")
+
+
+def _mlflow(config: ExperimentConfig) -> Finding:
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not config.tracking.enabled:
+        return Finding("MLflow", "turned off by tracking.enabled")
+    if not uri:
+        return Finding("MLflow", "a database under the state folder (no server needed)")
+    if uri.startswith("http"):
+        return _answers("MLflow", f"{uri.rstrip('/')}/health", "start it, or correct MLFLOW_TRACKING_URI")
+    return Finding("MLflow", uri.split("@")[-1])
+
+
+def _prefect() -> Finding:
+    url = os.environ.get("PREFECT_API_URL", "")
+    if not url:
+        return Finding("Prefect", "a temporary server within the run (`cdpo up` starts one that stays)")
+    return _answers("Prefect", f"{url.rstrip('/')}/health", "start it (cdpo up), or unset PREFECT_API_URL")
+
+
+def _answers(what: str, url: str, fix: str) -> Finding:
+    try:
+        urllib.request.urlopen(url, timeout=SECONDS).close()
+    except (urllib.error.URLError, OSError, ValueError, socket.timeout) as error:
+        return Finding(what, f"{url} does not answer: {error}", fix)
+    return Finding(what, f"{url} answers")
+
+
+def _environment() -> Finding:
+    known = [f"{name}={_short(os.environ[name])}" for name in ENVIRONMENT if os.environ.get(name)]
+    return Finding("environment", ", ".join(known) or "nothing set")
+
+
+def _short(value: str) -> str:
+    return value.replace(str(Path.home()), "~").split("@")[-1]

@@ -1,0 +1,57 @@
+"""Evaluate: certify the chosen policy, measure it and the baselines on the test prompts, judge it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from prefect import flow
+
+from cdpo_core.artifacts import ArtifactRef
+from cdpo_core.evaluation.measure import Measured
+from flows.align import Alignment
+from tasks.evaluation import Certified, certify_policy, enumerate_reference, judge_policy, test_policy
+from tasks.records import Prepared, Scored
+from tasks.rounds import train_policy
+from tasks.workbench import Workbench
+
+REFERENCE, UNCONSTRAINED = "reference", "DPO (λ = 0)"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found out about the chosen policy.
+
+    Attributes:
+        certified: the certificates; None when the limit is out of reach and none was tried.
+        test: scored test responses by method, the baselines first.
+        oracle: the exact judge's record on the testbed, else {}.
+    """
+
+    certified: Certified | None
+    test: dict[str, Measured]
+    oracle: dict[str, Any]
+
+
+@flow(name="evaluate", validate_parameters=False)
+def evaluate(bench: Workbench, prepared: Prepared, scored: Scored, alignment: Alignment) -> Evaluation:
+    """The certificate on prompts that nothing has seen, the test figures, the exact judge."""
+    policy = alignment.policy
+    certified = None
+    if policy is not None and alignment.status != "infeasible":
+        certified = certify_policy(bench, prepared, scored, policy)
+    unconstrained = train_policy(bench, prepared, scored, [0.0] * len(bench.names))
+    policies = {REFERENCE: prepared.reference, UNCONSTRAINED: unconstrained}
+    if policy is not None:
+        policies["policy"] = policy
+    test = {name: test_policy(bench, prepared, scored, item, name) for name, item in policies.items()}
+    return Evaluation(certified, test, _judged(bench, prepared, scored, alignment, policy or unconstrained))
+
+
+def _judged(
+    bench: Workbench, prepared: Prepared, scored: Scored, alignment: Alignment, policy: ArtifactRef
+) -> dict[str, Any]:
+    if not bench.config.on_testbed or bench.config.evaluation.judge == "none":
+        return {}
+    enumerated = enumerate_reference(bench, prepared, scored)
+    return judge_policy(bench, prepared, enumerated, policy, alignment.plan.margins)

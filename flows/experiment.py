@@ -1,0 +1,141 @@
+"""The experiment: from data to a certified policy, as one DAG.
+
+    cdpo run configs/testbed.yaml
+
+prepare → preference models → align (the rounds) → evaluate → report. Every stage whose artifact is
+in the store is skipped, so the same command continues a killed run and repeats a finished one.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.states import Completed, State
+
+from cdpo_core.config import (
+    CertificateConfig,
+    ComputeConfig,
+    ConstraintConfig,
+    DataConfig,
+    DpoConfig,
+    DualConfig,
+    EvaluationConfig,
+    ExperimentConfig,
+    PolicyConfig,
+    RewardConfig,
+    SamplingConfig,
+    SftConfig,
+    StoreConfig,
+    TestbedConfig,
+    TrackingConfig,
+)
+from cdpo_core.stages import Progress
+from flows.align import Alignment, align
+from flows.evaluate import Evaluation, evaluate
+from flows.preference_models import preference_models
+from flows.preflight import check_before_run
+from flows.prepare import prepare
+from tasks.journal import Journal
+from tasks.preference_models import scorer_reports
+from tasks.report import draw_figures, report_folder, write_json, write_samples
+from tasks.result import Outcome, experiment_result
+from tasks.workbench import Workbench, open_workbench, report_progress_to
+
+STATE_NAMES = {"certified": "Certified", "not_certified": "NotCertified", "infeasible": "Infeasible"}
+DEFAULT = ExperimentConfig()
+
+
+@flow(name="experiment", flow_run_name="{name}", persist_result=False)
+def experiment(
+    name: str = DEFAULT.name,
+    seed: int = DEFAULT.seed,
+    data: DataConfig = DEFAULT.data,
+    testbed: TestbedConfig = DEFAULT.testbed,
+    policy: PolicyConfig = DEFAULT.policy,
+    sft: SftConfig = DEFAULT.sft,
+    reward: RewardConfig = DEFAULT.reward,
+    constraints: list[ConstraintConfig] = DEFAULT.constraints,
+    dpo: DpoConfig = DEFAULT.dpo,
+    dual: DualConfig = DEFAULT.dual,
+    sampling: SamplingConfig = DEFAULT.sampling,
+    certificate: CertificateConfig = DEFAULT.certificate,
+    evaluation: EvaluationConfig = DEFAULT.evaluation,
+    store: StoreConfig = DEFAULT.store,
+    tracking: TrackingConfig = DEFAULT.tracking,
+    compute: ComputeConfig = DEFAULT.compute,
+) -> State[dict[str, Any]]:
+    """A policy as helpful as the limit on harm allows, with evidence that it keeps the limit."""
+    config = ExperimentConfig(
+        name=name,
+        seed=seed,
+        data=data,
+        testbed=testbed,
+        policy=policy,
+        sft=sft,
+        reward=reward,
+        constraints=constraints,
+        dpo=dpo,
+        dual=dual,
+        sampling=sampling,
+        certificate=certificate,
+        evaluation=evaluation,
+        store=store,
+        tracking=tracking,
+        compute=compute,
+    )
+    check_before_run(config)
+    result = _conduct(open_workbench(config))
+    return Completed(name=STATE_NAMES[result["status"]], message=result["verdict"], data=result)
+
+
+def run_experiment(config: ExperimentConfig, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Run one experiment here, in this process; returns its result record (DESIGN: Result)."""
+    if progress is not None:
+        report_progress_to(progress)
+    home = os.environ.get("PREFECT_HOME")
+    if home:
+        Path(home).mkdir(parents=True, exist_ok=True)
+    state = experiment(**sections(config), return_state=True)
+    result: dict[str, Any] = state.result()
+    return result
+
+
+def sections(config: ExperimentConfig) -> dict[str, Any]:
+    """The config as the flow's parameters, one a section."""
+    return {name: getattr(config, name) for name in ExperimentConfig.model_fields}
+
+
+def _conduct(bench: Workbench) -> dict[str, Any]:
+    journal = Journal(bench)
+    try:
+        prepared = prepare(bench)
+        scored = preference_models(bench, prepared)
+        reports = scorer_reports(bench, scored.scorers)
+        journal.scorers(reports, scored.scorers)
+        alignment = align(bench, prepared, scored, journal)
+        evaluation = evaluate(bench, prepared, scored, alignment)
+        result = experiment_result(bench, journal, alignment.plan, reports, _outcome(alignment, evaluation))
+        folder = report_folder(journal.key, bench.config.name)
+        draw_figures(bench, result, alignment.plan, alignment.history, evaluation.test, folder)
+        write_samples(bench, prepared, evaluation.test, folder)
+        write_json(result, folder / "result.json")
+        journal.closed(result, folder)
+    except BaseException:
+        journal.failed()
+        raise
+    return result
+
+
+def _outcome(alignment: Alignment, evaluation: Evaluation) -> Outcome:
+    return Outcome(
+        rounds=alignment.rounds,
+        chosen=alignment.chosen,
+        policy=alignment.policy,
+        certified=evaluation.certified,
+        test=evaluation.test,
+        oracle=evaluation.oracle,
+        floor=alignment.floor(),
+    )

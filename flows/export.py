@@ -1,0 +1,146 @@
+"""A policy out of the store: found by its reference, written as a Hugging Face folder with a model card."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cdpo_core.artifacts import Manifest, Store
+from cdpo_core.errors import InputError
+from cdpo_core.evaluation.result import verdict
+
+RECORDS = "results/"
+HOW_TO_NAME = "give the policy's reference as `cdpo run` prints it, <store>/stages/<stage>/<key>.json"
+
+
+def find_policy(reference: str, store_uri: str = "") -> tuple[Store, Manifest]:
+    """The store and the manifest of a policy.
+
+    Args:
+        reference: `<store>/stages/<stage>/<key>.json`, or `<stage>/<beginning of the key>` in one store.
+        store_uri: the store of a short reference; "" is the one under CDPO_HOME.
+
+    Raises:
+        InputError: the reference is none, names nothing or several things, or names something else than a policy.
+    """
+    from tasks.environment import cdpo_home
+    from tasks.storage import open_store
+
+    address, found, place = reference.removeprefix("cdpo://").removesuffix(".json").rpartition("/stages/")
+    stage, _, key = place.partition("/")
+    if not key:
+        raise InputError("this is no reference to a policy", where=reference, fix=HOW_TO_NAME)
+    store = open_store(address if found else store_uri or str(cdpo_home() / "store"))
+    store.probe()
+    manifest = store.find(stage, key) if found else _by_beginning(store, stage, key)
+    if manifest is None:
+        raise InputError("the store holds nothing under this reference", where=reference, fix=HOW_TO_NAME)
+    if manifest.kind != "policy":
+        raise InputError(f"this is a {manifest.kind} artifact and not a policy", where=reference, fix=HOW_TO_NAME)
+    return store, manifest
+
+
+def export_policy(reference: str, folder: Path, store_uri: str = "") -> dict[str, Any] | None:
+    """Write a policy to a new folder that transformers loads, with a model card that carries its certificate.
+
+    Args:
+        reference: see `find_policy`.
+        folder: made by this; must not exist or be empty.
+        store_uri: see `find_policy`.
+
+    Returns:
+        The result record of the run that chose this policy, or None if no finished run did.
+
+    Raises:
+        InputError: the reference cannot be resolved, or the folder is taken or cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError("the folder to export to is not empty", where=str(folder), fix="name a new one")
+    store, manifest = find_policy(reference, store_uri)
+    files = store.fetch(manifest)
+    result = result_of(store, manifest)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+            whole = Path(scratch) / "policy"
+            for name in manifest.files:
+                target = whole / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(files / name, target)
+            (whole / "README.md").write_text(model_card(manifest, result), encoding="utf-8")
+            if folder.exists():
+                folder.rmdir()
+            whole.rename(folder)
+    except OSError as error:
+        raise InputError(f"the folder cannot be written: {error.strerror}", where=str(folder), fix="name another") from error
+    return result
+
+
+def result_of(store: Store, manifest: Manifest) -> dict[str, Any] | None:
+    """The record of the run that returned this policy; a certified one before others."""
+    results = [store.get_record(name) for name in store.record_names(RECORDS)]
+    mine = [result for result in results if result and (result.get("policy") or {}).get("digest") == manifest.digest]
+    return min(mine, key=lambda result: result["status"] != "certified", default=None)
+
+
+def model_card(manifest: Manifest, result: Mapping[str, Any] | None) -> str:
+    """The card of an exported policy: verdict, certificate, figures, where it comes from (markdown)."""
+    parts = [
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [dpo, constrained-dpo, alignment]\n---",
+        "# A policy aligned by Constrained DPO",
+        verdict(result) if result else "No finished run returned this policy: **it carries no certificate**.",
+    ]
+    if result:
+        parts += ["## Certificate", _certificates(result), "## Held-out test prompts", _methods(result)]
+    parts += ["## Origin", _origin(manifest, result)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _by_beginning(store: Store, stage: str, key: str) -> Manifest | None:
+    matches = [manifest for manifest in store.manifests() if manifest.stage == stage and manifest.key.startswith(key)]
+    if len(matches) > 1:
+        raise InputError(
+            f"{len(matches)} artifacts begin like this", where=f"{stage}/{key}", fix="give more characters of the key"
+        )
+    return matches[0] if matches else None
+
+
+def _certificates(result: Mapping[str, Any]) -> str:
+    lines = ["| cost | limit | mean | upper bound | delta | method | prompts | passed |", "|---" * 8 + "|"]
+    for item in result["constraints"]:
+        certificate = item.get("certificate")
+        if certificate is None:
+            lines.append(f"| {item['name']} | {item['limit']:g} | not tested | | | | | no |")
+            continue
+        lines.append(
+            f"| {item['name']} | {item['limit']:g} | {certificate['mean']:.4f} | {certificate['upper']:.4f} | "
+            f"{certificate['delta']:g} | {certificate['method']} | {certificate['prompts']} | "
+            f"{'yes' if certificate['passed'] else 'no'} |"
+        )
+    spent = (result.get("certificate") or {}).get("spent")
+    note = "It bounds the *cost model's* mean cost on prompts like the held-out ones; the cost model itself can be wrong."
+    if spent:
+        note += f" Tests these prompts have been spent on: {spent}."
+    return "\n".join(lines) + f"\n\n{note}"
+
+
+def _methods(result: Mapping[str, Any]) -> str:
+    methods = {**result["baselines"], "this policy": result.get("test")}
+    lines = ["| method | reward | cost | safe rate | KL |", "|---" * 5 + "|"]
+    for name, figures in methods.items():
+        if figures:
+            cells = (f"{figures[key]['mean']:.3f}" for key in ("reward", "cost", "safe_rate", "kl"))
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _origin(manifest: Manifest, result: Mapping[str, Any] | None) -> str:
+    lines = [f"- artifact digest: `{manifest.digest}`", f"- stage: {manifest.stage}, computed {manifest.created}"]
+    if result:
+        lambdas = ", ".join(f"{item['name']} {item['lambda']:g}" for item in result["constraints"])
+        lines.append(f"- λ: {lambdas}; seed {result['seed']}")
+    lines += [f"- {name} {version}" for name, version in sorted(manifest.versions.items())]
+    return "\n".join(lines)

@@ -1,0 +1,56 @@
+"""What a run would do, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cdpo_core.config import ExperimentConfig
+
+
+def print_plan(plan: Mapping[str, Any], config: ExperimentConfig, console: Console) -> None:
+    """The stages with what is there already, the planned margin, and the warnings.
+
+    Args:
+        plan: stages [{name, cached, estimate}], margin, warnings, as `plan_experiment` returns it; an estimate is in
+            seconds, or words.
+        config: the experiment.
+        console: where to print.
+    """
+    table = Table(title=f"{config.name}: what a run would do", title_justify="left", title_style="bold")
+    for head in ("stage", "state"):
+        table.add_column(head)
+    table.add_column("about", justify="right")
+    for stage in plan["stages"]:
+        table.add_row(stage["name"], "there already" if stage["cached"] else "to compute", _estimate(stage))
+    console.print(table)
+    ahead = [stage.get("estimate") for stage in plan["stages"] if not stage["cached"]]
+    seconds = sum(value for value in ahead if isinstance(value, (int, float)))
+    lines = [f"{len(ahead)} of {len(plan['stages'])} stages to compute" + (f", about {seconds:.0f} s" if seconds else "")]
+    if plan.get("memory"):
+        lines.append(f"memory: about {plan['memory']}")
+    limits = ", ".join(f"{item.name} ≤ {item.limit:g}" for item in config.constraints)
+    lines.append(f"limits: {limits}; training aims lower, by a margin of {_margin(plan.get('margin'))}")
+    lines += [f"warning: {warning}" for warning in plan.get("warnings") or []]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _estimate(stage: Mapping[str, Any]) -> str:
+    value = stage.get("estimate")
+    if stage["cached"] or value is None:
+        return ""
+    return f"{value:.0f} s" if isinstance(value, (int, float)) else str(value)
+
+
+def _margin(value: Any) -> str:
+    if value is None:
+        return "a size that is planned once the reference's costs are known"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_margin, value))
+    return f"{value:.3f}"

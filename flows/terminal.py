@@ -1,0 +1,235 @@
+"""What `cdpo` shows while it works: progress, errors, and where the libraries' own logs go instead."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from rich.console import Console
+
+from cdpo_core.errors import CdpoError, InputError
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+PLAIN_SECONDS = 10.0
+MOST_ERROR_LINES = 12
+MOST_LINE_CHARACTERS = 300
+
+
+class Display(Protocol):
+    """How one stage's progress is drawn."""
+
+    def start(self, what: str) -> None:
+        """A stage began to compute."""
+
+    def update(self, what: str, done: int, total: int, seconds: float) -> None:
+        """It did `done` of `total` steps in `seconds`."""
+
+    def end(self, what: str, seconds: float | None) -> None:
+        """It is done, after `seconds` of work; None if it was there already."""
+
+    def close(self) -> None:
+        """Nothing more will be drawn."""
+
+
+class StageProgress:
+    """A `Progress`: turns (what, done, total) reports into the start, course and end of one stage after the other.
+
+    A report (what, 1, 1) ends the stage; if nothing came before it, the stage was there already.
+    """
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+        self._what = ""
+        self._started = 0.0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Report that `done` of `total` steps of the stage `what` are done."""
+        now = time.monotonic()
+        if what != self._what:
+            self._end(now)
+            if done >= total <= 1:
+                self._display.end(what, None)
+                return
+            self._what, self._started = what, now
+            self._display.start(what)
+        if done >= total <= 1:
+            self._end(now)
+        elif done:
+            self._display.update(what, done, total, now - self._started)
+
+    def _end(self, now: float) -> None:
+        if self._what:
+            self._display.end(self._what, now - self._started)
+        self._what = ""
+
+
+class PlainLines:
+    """Lines for logs and pipes: a stage's start and end, and at most one line every ten seconds between."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._last = 0.0
+
+    def start(self, what: str) -> None:
+        self._last = time.monotonic()
+        self._print(f"{what} …")
+
+    def update(self, what: str, done: int, total: int, seconds: float) -> None:
+        now = time.monotonic()
+        if now - self._last >= PLAIN_SECONDS:
+            self._last = now
+            self._print(f"{what}: {done} of {total} ({done / total:.0%}) after {seconds:.0f} s")
+
+    def end(self, what: str, seconds: float | None) -> None:
+        self._print(f"{what}: there already" if seconds is None else f"{what}: done in {seconds:.1f} s")
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class Bars:
+    """A live bar for the stage at work, and one line above it for each that is done."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+        self._bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self._bars.start()
+        self._bar: TaskID | None = None
+
+    def start(self, what: str) -> None:
+        self._bar = self._bars.add_task(what, total=None)
+
+    def update(self, what: str, done: int, total: int, seconds: float) -> None:
+        if self._bar is not None:
+            self._bars.update(self._bar, completed=done, total=total)
+
+    def end(self, what: str, seconds: float | None) -> None:
+        if self._bar is not None:
+            self._bars.remove_task(self._bar)
+            self._bar = None
+        time_taken = "[dim]there already[/]" if seconds is None else f"{seconds:.1f} s"
+        self._bars.console.print(f"[green]✓[/] {what}  {time_taken}", highlight=False)
+
+    def close(self) -> None:
+        self._bars.stop()
+
+
+@contextlib.contextmanager
+def showing_progress() -> Iterator[StageProgress]:
+    """Bars in a terminal, plain lines elsewhere; on stderr, so that stdout holds the result alone."""
+    console = Console(stderr=True)
+    display: Display = Bars(console) if console.is_terminal else PlainLines(console)
+    try:
+        yield StageProgress(display)
+    finally:
+        display.close()
+
+
+def print_error(error: BaseException, *, debug: bool) -> int:
+    """Print an error in at most twelve lines (and its traceback with `debug`); returns the exit code."""
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, CdpoError):
+        lines = str(error).splitlines()
+        code = error.exit_code
+    else:
+        log_file = _open_log()
+        if log_file:
+            logging.getLogger("cdpo").error("the run failed", exc_info=error)
+        where = f"the traceback is in {log_file}" if log_file else "--debug shows the traceback"
+        lines = [
+            f"unexpected {type(error).__name__}: {error}".splitlines()[0],
+            f"  where: {where}",
+            "  fix:   what is finished is kept, the same command continues; if it comes again, please report it",
+        ]
+        code = 1
+    if len(lines) > MOST_ERROR_LINES:
+        lines = [*lines[: MOST_ERROR_LINES - 3], "  …", *lines[-2:]]
+    console = Console(stderr=True, soft_wrap=True)
+    console.print("[bold red]error:[/] ", end="")
+    for line in lines:
+        console.print(line[:MOST_LINE_CHARACTERS], markup=False, highlight=False)
+    return code
+
+
+def log_to_file(folder: Path, command: str) -> Path:
+    """Send what Prefect, MLflow and other libraries log to a new file; our own warnings also to the terminal.
+
+    Args:
+        folder: made if missing.
+        command: the file's name begins with it.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    path = folder / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        to_file = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"the state folder cannot be written: {error.strerror}",
+            where=str(folder),
+            fix="give another folder in CDPO_HOME, or correct its rights",
+        ) from error
+    # Prefect configures logging when it is imported, so what it set up can be taken away only afterwards.
+    import prefect  # noqa: F401
+
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    for name in ["", *logging.root.manager.loggerDict]:
+        logger = logging.getLogger(name)
+        on_terminal = [handler for handler in logger.handlers if _writes_to_terminal(handler)]
+        for handler in on_terminal:
+            logger.removeHandler(handler)
+        if not name or (on_terminal and not logger.propagate):
+            logger.addHandler(to_file)
+    logging.captureWarnings(True)
+    for name in ("cdpo_core", "tasks", "flows"):
+        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).addHandler(_WarningLines())
+    return path
+
+
+def _open_log() -> str:
+    files = [handler.baseFilename for handler in logging.root.handlers if isinstance(handler, logging.FileHandler)]
+    return files[-1] if files else ""
+
+
+def _writes_to_terminal(handler: logging.Handler) -> bool:
+    return isinstance(handler, logging.StreamHandler) and (
+        getattr(handler, "stream", None) in (sys.stderr, sys.stdout, sys.__stderr__, sys.__stdout__)
+        or type(handler).__module__.startswith("prefect.")
+    )
+
+
+class _WarningLines(logging.Handler):
+    """Shows our own warnings on stderr, one line each."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        Console(stderr=True, soft_wrap=True).print(
+            f"{record.levelname.lower()}: {record.getMessage()}", markup=False, highlight=False
+        )

@@ -1,0 +1,168 @@
+"""The dual's side of a run: the offline curve, the training target, and each round as the dual sees it.
+
+All of it is computed from stored artifacts in milliseconds, so a continued run replays it exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from cdpo_core.dual.ascent import DualSettings, Round
+from cdpo_core.dual.certificate import expected_half_width, planned_margin
+from cdpo_core.dual.offline import OfflineDual
+from cdpo_core.evaluation.measure import Measured, join_scores
+from cdpo_core.evaluation.metrics import Candidate, paired_mean, select_round, within_prompt_covariance
+from tasks.records import Prepared, Scored
+from tasks.workbench import Workbench
+
+CURVE_POINTS = 60
+
+
+@dataclass(frozen=True)
+class OfflinePlan:
+    """What the reference samples say before any round.
+
+    Attributes:
+        dual: the offline dual on the policy prompts' reference samples.
+        margins: [m] distances below the limits that training aims at.
+        settings: how lambda moves, with targets and limits.
+        first_lambda: [m] the first round's multipliers.
+        warning: what the user should know before training; "" when nothing.
+    """
+
+    dual: OfflineDual
+    margins: list[float]
+    settings: DualSettings
+    first_lambda: tuple[float, ...]
+    warning: str
+
+
+def plan_dual(bench: Workbench, scored: Scored) -> OfflinePlan:
+    """Solve the dual on the reference samples: the margin, the first lambda, what is within reach."""
+    config = bench.config
+    dual = offline_dual(bench, scored)
+    limits = np.array([item.limit for item in config.constraints])
+    margins = _margins(bench, scored, dual, limits)
+    target = limits - margins
+    solved = dual.solve(target, config.dual.lambda_max)
+    first = solved if config.dual.start == "offline" else np.zeros(len(limits))
+    settings = DualSettings(
+        update=config.dual.update,
+        step=config.dual.step,
+        rounds=config.dual.rounds,
+        lambda_max=config.dual.lambda_max,
+        target=tuple(target.tolist()),
+        limit=tuple(limits.tolist()),
+    )
+    warning = _reach_warning(bench.names, dual, limits, solved)
+    return OfflinePlan(dual, margins.tolist(), settings, tuple(first.tolist()), warning)
+
+
+def offline_dual(bench: Workbench, scored: Scored) -> OfflineDual:
+    """The dual on the reference's scored responses to the policy prompts: [P, K] rewards, [P, K, m] costs."""
+    responses, scores = bench.table(scored.responses, "responses"), bench.table(scored.scores, "scores")
+    table = join_scores(responses, scores).table
+    samples = int(table["sample"].max()) + 1
+    reward = table["reward"].to_numpy(float).reshape(-1, samples)
+    costs = np.stack([table[f"cost_{name}"].to_numpy(float).reshape(-1, samples) for name in bench.names], axis=-1)
+    return OfflineDual(reward, costs, bench.config.dpo.beta)
+
+
+def _margins(bench: Workbench, scored: Scored, dual: OfflineDual, limits: np.ndarray) -> np.ndarray:
+    """The certificate's planned margin from the costs the offline policy is predicted to have."""
+    config = bench.config
+    point = dual.expected(dual.solve(limits, config.dual.lambda_max))
+    within = np.diag(point.hessian) * config.dpo.beta
+    deviation = np.sqrt(point.prompt_costs.var(axis=0, ddof=1) + within / config.sampling.certificate)
+    rules = config.certificate
+    prompts = certificate_prompts(bench, scored)
+    return np.array(
+        [
+            planned_margin(
+                sd, prompts, rules.delta, rules.power, rules.method, low=rules.cost_low, high=rules.cost_high
+            )
+            for sd in deviation.tolist()
+        ]
+    )
+
+
+def _reach_warning(names: list[str], dual: OfflineDual, limits: np.ndarray, solved: np.ndarray) -> str:
+    floor = dual.floor()
+    low = [f"{name} ≤ {c:g} (lowest {f:.2f})" for name, c, f in zip(names, limits, floor, strict=True) if c < f]
+    if low:
+        return "the limit lies below the lowest mean cost among the reference samples: " + ", ".join(low)
+    share = dual.expected(solved).effective_samples / dual.reward.shape[1]
+    if share < 0.1:
+        return f"only {100 * share:.0f} % of the reference samples carry weight at the first lambda: the estimate leans"
+    return ""
+
+
+def dual_round(bench: Workbench, prepared: Prepared, scored: Scored, measured: Measured, lambda_: tuple[float, ...]) -> Round:
+    """A trained round as the dual sees it: costs on the selection prompts, paired with the reference's there."""
+    names = bench.names
+    pool = join_scores(bench.table(prepared.pool_responses, "responses"), bench.table(scored.pool_scores, "scores"))
+    here, reference = measured.prompt_costs(names), pool.prompt_costs(names)
+    splits = bench.table(scored.splits, "splits")
+    # The certificate's prompts must not have a say in where lambda goes.
+    certificate = splits.loc[splits["split"] == "certificate", "prompt_id"]
+    population = reference.drop(index=certificate)
+    estimates = [
+        paired_mean(
+            here[name].to_numpy(),
+            reference.loc[here.index, name].to_numpy(),
+            float(population[name].mean()),
+        )
+        for name in names
+    ]
+    covariance = within_prompt_covariance(measured.costs(names), measured.table["prompt_id"].to_numpy())
+    return Round(
+        lambda_=tuple(lambda_),
+        cost=tuple(estimate.mean for estimate in estimates),
+        half_width=tuple((estimate.high - estimate.low) / 2 for estimate in estimates),
+        hessian=tuple(map(tuple, (covariance / bench.config.dpo.beta).tolist())),
+    )
+
+
+def candidate(bench: Workbench, measured: Measured, round_: Round) -> Candidate:
+    """A round's figures as the choice of policy weighs them."""
+    spread = measured.prompt_costs(bench.names).std(ddof=1).tolist()
+    return Candidate(reward=measured.reward().mean, cost=round_.cost, sd=tuple(spread))
+
+
+def cost_upper(bench: Workbench, scored: Scored, candidate: Candidate) -> list[float]:
+    """[m] what the certificate would say of a round: its selection mean plus the expected half-width."""
+    rules = bench.config.certificate
+    prompts = certificate_prompts(bench, scored)
+    return [
+        mean + expected_half_width(sd, prompts, rules.delta, rules.method, low=rules.cost_low, high=rules.cost_high)
+        for mean, sd in zip(candidate.cost, candidate.sd, strict=True)
+    ]
+
+
+def choose_round(bench: Workbench, scored: Scored, candidates: list[Candidate]) -> int:
+    """Index of the round whose policy goes to the certificate."""
+    rules = bench.config.certificate
+    limits = tuple(item.limit for item in bench.config.constraints)
+    prompts = certificate_prompts(bench, scored)
+    clip = {"low": rules.cost_low, "high": rules.cost_high}
+    return select_round(candidates, limits, prompts, rules.delta, rules.method, **clip)
+
+
+def certificate_prompts(bench: Workbench, scored: Scored) -> int:
+    """Number of prompts the certificate will be tested on."""
+    return int((bench.table(scored.splits, "splits")["split"] == "certificate").sum())
+
+
+def predicted_curve(plan: OfflinePlan) -> tuple[np.ndarray, np.ndarray]:
+    """(lambdas [L], predicted mean costs [L, m]) along the ray through the first lambda, for the figure."""
+    direction = np.asarray(plan.first_lambda)
+    if not direction.any():
+        direction = np.ones(len(direction))
+    largest = max(3 * float(direction.max()), math.ulp(1.0))
+    grid = np.linspace(0, largest / float(direction.max()), CURVE_POINTS)[:, None] * direction
+    return grid.max(axis=1), np.stack([point.costs for point in plan.dual.curve(grid)])
+
+

@@ -1,0 +1,114 @@
+"""Evaluation: the certificate and its ledger, the test figures, the exact judge of the testbed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from cdpo_core import pipeline
+from cdpo_core.artifacts import ArtifactRef, Store
+from cdpo_core.dual.certificate import Certificate, certify
+from cdpo_core.evaluation.measure import Measured
+from tasks.records import Prepared, Scored
+from tasks.rounds import measure_policy
+from tasks.workbench import Workbench
+
+
+@dataclass(frozen=True)
+class Certified:
+    """One certificate for each constraint, and how many tests its prompts have been spent on."""
+
+    certificates: list[Certificate]
+    measured: Measured
+    spent: int
+
+    @property
+    def passed(self) -> bool:
+        """All limits hold, each tested at delta: the joint error is at most delta."""
+        return all(item.passed for item in self.certificates)
+
+    def record(self, index: int = 0) -> dict[str, Any]:
+        """The certificate of one constraint as the result states it."""
+        return {**asdict(self.certificates[index]), "spent": self.spent}
+
+
+def certify_policy(bench: Workbench, prepared: Prepared, scored: Scored, policy: ArtifactRef) -> Certified:
+    """Test the policy on the certificate prompts, and enter the test in the ledger first."""
+    config = bench.config
+    spent = spend(bench.store, scored.splits, policy, [item.limit for item in config.constraints])
+    samples = config.sampling.certificate
+    measured = measure_policy(bench, prepared, scored, policy, "certificate", samples, "certificate")
+    return Certified(certificates_of(bench, measured, config.certificate.delta), measured, spent)
+
+
+def certificates_of(bench: Workbench, measured: Measured, delta: float) -> list[Certificate]:
+    """The certificates the measured costs earn at error probability delta."""
+    rules = bench.config.certificate
+    costs = measured.prompt_costs(bench.names)
+    clip = {"low": rules.cost_low, "high": rules.cost_high}
+    return [
+        certify(costs[item.name].to_numpy(), item.limit, delta, rules.method, **clip)
+        for item in bench.config.constraints
+    ]
+
+
+def spend(store: Store, splits: ArtifactRef, policy: ArtifactRef, limits: Sequence[float]) -> int:
+    """Enter one use of a certificate split in the store's ledger; returns how many there are now.
+
+    Testing the same policy against the same limits again is the same entry.
+    """
+    ledger = f"ledger/{splits.digest[:32]}/"
+    test = hashlib.sha256(json.dumps([policy.digest, list(limits)]).encode()).hexdigest()[:32]
+    entry = {"policy": policy.digest, "limits": list(limits), "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    store.put_record(ledger + test, entry)
+    return len(store.record_names(ledger))
+
+
+def test_policy(bench: Workbench, prepared: Prepared, scored: Scored, policy: ArtifactRef, label: str) -> Measured:
+    """Measure a policy on the test prompts, which nothing else reads."""
+    samples = bench.config.sampling.test
+    return measure_policy(bench, prepared, scored, policy, "test", samples, f"test of {label}")
+
+
+def exact_floor(bench: Workbench, prepared: Prepared) -> list[float]:
+    """On the testbed: [m] the exact lowest mean costs over the pool prompts, E_x min_y c_i."""
+    from cdpo_core.testbed.world import World
+
+    prompts = bench.table(prepared.data, "prompts")
+    world = World.load(bench.folder(prepared.data) / "world.json")
+    _, costs = world.true_scores(prompts.loc[prompts["split"] == "pool", "prompt_id"].tolist())
+    floor: list[float] = costs.min(axis=1).mean(axis=0).tolist()
+    return floor
+
+
+def enumerate_reference(bench: Workbench, prepared: Prepared, scored: Scored) -> ArtifactRef:
+    """On the testbed: the reference's exact probabilities and the learned scores over all responses."""
+    inputs = {
+        "data": prepared.data,
+        "reference": prepared.reference,
+        "splits": scored.splits,
+        "responses": prepared.pool_responses,
+        "scores": scored.pool_scores,
+    }
+    inputs |= {f"scorers_{index}": ref for index, ref in enumerate(scored.scorers)}
+    return bench.run(pipeline.ENUMERATION, inputs, "exact reference")
+
+
+def judge_policy(
+    bench: Workbench,
+    prepared: Prepared,
+    enumerated: ArtifactRef,
+    policy: ArtifactRef,
+    margins: Sequence[float],
+    label: str = "exact judge",
+) -> dict[str, Any]:
+    """On the testbed: how much of what the exact optimum gains the policy captures (`oracle`)."""
+    limits = [item.limit for item in bench.config.constraints]
+    inputs = {"data": prepared.data, "enumeration": enumerated, "policy": policy}
+    ref = bench.run(pipeline.JUDGEMENT, inputs, label, limits=limits, margins=[round(m, 6) for m in margins])
+    judgement: dict[str, Any] = json.loads((bench.folder(ref) / "judge.json").read_text())
+    return judgement

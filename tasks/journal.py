@@ -1,0 +1,125 @@
+"""The running record of one experiment: what MLflow and the Prefect UI are told, and when.
+
+A point goes out only after its record is durable in the store, with the record's own time, so a
+continued or repeated run adds nothing that is there already.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cdpo_core.artifacts import ArtifactRef
+from cdpo_core.config import ExperimentConfig
+from cdpo_core.evaluation.result import verdict
+from tasks.environment import cdpo_home
+from tasks.metric_points import (
+    result_points,
+    result_tags,
+    round_points,
+    scorer_points,
+    timestamp_ms,
+    training_points,
+)
+from tasks.prefect_records import announce_run, flow_run_url, link_to_mlflow, markdown_table, rounds_markdown, show_markdown
+from tasks.tracking import Tracker, experiment_key
+from tasks.workbench import Workbench, store_of
+
+
+class Journal:
+    """One experiment's entries; every method may be repeated without harm."""
+
+    def __init__(self, bench: Workbench) -> None:
+        config = bench.config
+        self.bench = bench
+        self.key = experiment_key(config, bench.external_digests())
+        self.tracker = Tracker.open(config.tracking, bench.store, cdpo_home())
+        announce_run(self.key)
+        self.run_id = self.tracker.run_for(
+            self.key, config.name, config, parent_run_id=config.tracking.parent_run, prefect_url=flow_run_url()
+        )
+        link_to_mlflow(self.tracker.run_url(self.run_id), self.key)
+
+    @property
+    def limits(self) -> list[float]:
+        """The constraints' limits, in order."""
+        return [item.limit for item in self.bench.config.constraints]
+
+    def _time_of(self, ref: ArtifactRef) -> int:
+        return timestamp_ms(self.bench.created(ref))
+
+    def scorers(self, reports: Mapping[str, Any], scorers: Sequence[ArtifactRef]) -> None:
+        """Held-out accuracy of the reward and cost models."""
+        if scorers:
+            self.tracker.log_points(self.run_id, scorer_points(reports, self._time_of(scorers[-1])))
+
+    def round(self, rounds: Sequence[Mapping[str, Any]], policy: ArtifactRef) -> None:
+        """The latest of the rounds: its training curve, its figures, the table in the Prefect UI."""
+        record = rounds[-1]
+        training = json.loads((self.bench.folder(policy) / "training.json").read_text())["steps"]
+        points = training_points(training, record["round"], self.bench.config.dpo.steps, self._time_of(policy))
+        points += round_points(record, self.bench.names, self.limits, self._time_of(policy))
+        self.tracker.log_points(self.run_id, points)
+        show_markdown(f"rounds-{self.key}", rounds_markdown(rounds, self.bench.names, self.limits))
+
+    def closed(self, result: Mapping[str, Any], folder: Path) -> None:
+        """The result: figures, files, tags, the verdict, and the registered policy if it is certified.
+
+        Args:
+            folder: report files (PNG, JSON) to attach.
+        """
+        ended = max(timestamp_ms(stage.created) for stage in self.bench.results)
+        self.tracker.log_points(self.run_id, result_points(result, ended))
+        self.tracker.set_tags(self.run_id, result_tags(result))
+        for file in sorted(folder.iterdir()):
+            if file.suffix == ".png":
+                self.tracker.log_file(self.run_id, file, f"figures/{file.name}")
+        samples = folder / "samples.parquet"
+        if samples.exists():
+            import pandas as pd
+
+            self.tracker.log_table(self.run_id, pd.read_parquet(samples), "samples.json")
+        self._register(result)
+        show_markdown(f"verdict-{self.key}", verdict_markdown(result), result["status"].replace("_", " "))
+        self.tracker.finish(self.run_id, "FINISHED", ended)
+
+    def failed(self) -> None:
+        """The run ended by an error; a later run continues it."""
+        self.tracker.finish(self.run_id, "FAILED")
+
+    def _register(self, result: Mapping[str, Any]) -> None:
+        config = self.bench.config
+        if result["status"] != "certified" or not config.tracking.register_model:
+            return
+        tags = {"limit": f"{result['limit']:g}", "lambda": f"{result['lambda']:g}", "experiment": self.key}
+        policy = ArtifactRef(**result["policy"])
+        self.tracker.register_policy(self.run_id, f"cdpo-{config.name}", policy, result["certificate"], tags)
+
+
+def verdict_markdown(result: Mapping[str, Any]) -> str:
+    """The verdict and the methods' figures, for the Prefect UI."""
+    rows = [
+        [name, *(_interval(figures.get(figure)) for figure in ("reward", "cost", "safe_rate", "kl"))]
+        for name, figures in methods(result).items()
+    ]
+    table = markdown_table(["method", "reward", "cost", "safe rate", "KL"], rows)
+    return f"## {verdict(result)}\n\n{table}"
+
+
+def methods(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Test figures by method: the baselines, then the returned policy."""
+    rows = dict(result["baselines"])
+    if result["test"]:
+        rows[f"C-DPO (λ = {result['lambda']:g})"] = result["test"]
+    return rows
+
+
+def _interval(figure: Mapping[str, float] | None) -> str:
+    return "" if figure is None else f"{figure['mean']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
+
+
+def sweep_tracker(config: ExperimentConfig) -> Tracker:
+    """The tracker of a sweep's parent run."""
+    return Tracker.open(config.tracking, store_of(config), cdpo_home())

@@ -1,0 +1,152 @@
+"""What the durable records say, as MLflow metric points, params and tags.
+
+A point carries its record's own timestamp, so that a point sent twice is one point. Figures that are
+missing or not finite make no point.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cdpo_core.config import ExperimentConfig
+
+INTERVAL_ENDS = ("low", "high")
+
+
+@dataclass(frozen=True)
+class MetricPoint:
+    """One point of one metric: its step and its record's time (milliseconds since 1970, UTC)."""
+
+    name: str
+    value: float
+    step: int
+    timestamp_ms: int
+
+
+def timestamp_ms(created: str) -> int:
+    """Milliseconds since 1970 of a manifest's `created` (ISO 8601 with an offset)."""
+    return round(datetime.fromisoformat(created).timestamp() * 1000)
+
+
+def round_points(
+    record: Mapping[str, Any], names: Sequence[str], limits: Sequence[float], timestamp: int
+) -> list[MetricPoint]:
+    """The points of one round, at step = round.
+
+    Args:
+        record: {round, lambda, reward, cost, cost_upper, kl, [safe_rate]}; lambda, cost and cost_upper are one
+            number, or one for each constraint.
+        names: the constraints' names [m].
+        limits: the constraints' limits [m], calibrated cost units.
+        timestamp: of the record, milliseconds.
+
+    Returns:
+        dual/lambda (dual/lambda/<name> when m > 1), dual/violation (the largest E[c_i] - C_i) and policy/*; the
+        bare policy/cost and policy/cost_upper are the first constraint's, each has its own when m > 1.
+    """
+    lambdas, costs, uppers = (_each(record.get(key)) for key in ("lambda", "cost", "cost_upper"))
+    values: dict[str, Any] = {f"policy/{key}": record.get(key) for key in ("reward", "kl", "safe_rate")}
+    values["policy/cost"], values["policy/cost_upper"] = costs[0], uppers[0]
+    gaps = [cost - limit for cost, limit in zip(costs, limits, strict=False) if _is_finite(cost)]
+    values["dual/violation"] = max(gaps, default=None)
+    if len(names) == 1:
+        values["dual/lambda"] = lambdas[0]
+    else:
+        for key, figures in (("dual/lambda", lambdas), ("policy/cost", costs), ("policy/cost_upper", uppers)):
+            values |= {f"{key}/{name}": figure for name, figure in zip(names, figures, strict=False)}
+    return _points(values, int(record["round"]), timestamp)
+
+
+def training_points(
+    steps: Iterable[Mapping[str, Any]], round_: int, per_round: int, timestamp: int
+) -> list[MetricPoint]:
+    """train/loss and train/accuracy of one round's training.json.
+
+    Args:
+        steps: records {step, loss, [accuracy]}; a record without a figure makes no point of it.
+        round_: the round, counted from 1.
+        per_round: steps of each round; a point's step is (round - 1)·per_round + step.
+        timestamp: when the round's policy was published, milliseconds.
+    """
+    return [
+        point
+        for record in steps
+        for point in _points(
+            {f"train/{key}": record.get(key) for key in ("loss", "accuracy")},
+            (round_ - 1) * per_round + int(record["step"]),
+            timestamp,
+        )
+    ]
+
+
+def scorer_points(scorers: Mapping[str, Mapping[str, Any]], timestamp: int) -> list[MetricPoint]:
+    """scorer/<name>/accuracy with its 95 % interval as _low and _high, from the scorers' report by name."""
+    values = {}
+    for name, report in scorers.items():
+        values[f"scorer/{name}/accuracy"] = report.get("accuracy")
+        values |= {f"scorer/{name}/accuracy_{end}": report.get(end) for end in INTERVAL_ENDS}
+    return _points(values, 0, timestamp)
+
+
+def result_points(result: Mapping[str, Any], timestamp: int) -> list[MetricPoint]:
+    """test/* (with _low and _high), oracle/* and scorer/* of a result record, at the step of its last round."""
+    step = max((int(record["round"]) for record in result.get("rounds") or []), default=0)
+    values: dict[str, Any] = {}
+    for figure, estimate in (result.get("test") or {}).items():
+        if isinstance(estimate, Mapping):
+            values[f"test/{figure}"] = estimate.get("mean")
+            values |= {f"test/{figure}_{end}": estimate.get(end) for end in INTERVAL_ENDS}
+        else:
+            values[f"test/{figure}"] = estimate
+    for figure, value in (result.get("oracle") or {}).items():
+        values[f"oracle/{figure}"] = value
+    return _points(values, step, timestamp) + scorer_points(result.get("scorers") or {}, timestamp)
+
+
+def varying_params(config: ExperimentConfig) -> dict[str, str]:
+    """The few params that experiments are compared by: seeds, limits, beta, labels, update, data."""
+    only = len(config.constraints) == 1
+    limits = {("limit" if only else f"limit.{item.name}"): f"{item.limit:g}" for item in config.constraints}
+    source = config.data.source
+    return {
+        "seed": str(config.seed),
+        **({"testbed.seed": str(config.testbed.seed)} if config.on_testbed else {}),
+        **limits,
+        "beta": f"{config.dpo.beta:g}",
+        "labels": config.dpo.labels,
+        "update": config.dual.update,
+        "data": Path(source).name if Path(source).is_absolute() else source,
+    }
+
+
+def result_tags(result: Mapping[str, Any]) -> dict[str, str]:
+    """The verdict as tags: status, the chosen lambda and the certificate's figures."""
+    values = {
+        "status": result.get("status"),
+        "lambda": result.get("lambda"),
+        **{f"certificate.{key}": value for key, value in (result.get("certificate") or {}).items()},
+    }
+    return {name: tag_text(value) for name, value in values.items() if value is not None}
+
+
+def tag_text(value: Any) -> str:
+    """A figure as a tag: six digits of a float, anything else as it is."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _each(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _points(values: Mapping[str, Any], step: int, timestamp: int) -> list[MetricPoint]:
+    return [MetricPoint(name, float(value), step, timestamp) for name, value in values.items() if _is_finite(value)]
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -1,0 +1,139 @@
+"""Where MLflow is and whether it answers: checked before anything is computed."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from cdpo_core.errors import CdpoError, InputError
+from tasks.environment import local_mlflow, quiet_environment
+
+if TYPE_CHECKING:
+    from cdpo_core.config import TrackingConfig
+
+T = TypeVar("T")
+
+PROBE_SECONDS = 10
+CONTENDED = ("IntegrityError", "UniqueViolation", "database is locked")
+CONTENDED_TRIES = 8
+FIX = "start the server, correct tracking.uri or MLFLOW_TRACKING_URI, or turn it off: --tracking.enabled false"
+
+
+def connect(tracking: TrackingConfig, home: Path) -> tuple[Any, str, str]:
+    """A client, the address and the experiment's id; the experiment is made when it does not exist.
+
+    Args:
+        tracking: the config's section; its uri, else MLFLOW_TRACKING_URI, else sqlite under `home`.
+        home: the state folder.
+
+    Raises:
+        InputError: MLflow cannot be reached or refuses, within 30 seconds.
+    """
+    quiet_environment()
+    uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "") or local_mlflow(home)[0]
+    _check_reachable(uri)
+    with mlflow_errors(InputError, without_secrets(uri), FIX):
+        from mlflow import MlflowClient
+
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        artifacts = None if is_http(uri) else local_mlflow(home)[1]
+        return client, uri, _find_or_create_experiment(client, tracking.experiment, artifacts)
+
+
+@contextmanager
+def mlflow_errors(kind: type[CdpoError], where: str, fix: str) -> Iterator[None]:
+    """Turn MLflow's exceptions into one of ours, without secrets."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        reason = without_secrets(str(error).splitlines()[0])[:300]
+        raise kind(f"MLflow: {reason}", where=where, fix=fix) from error
+
+
+def while_contended(call: Callable[[], T]) -> T:
+    """The call's value; it is repeated while another process writes the same rows at the same moment."""
+    from mlflow.exceptions import MlflowException
+
+    for attempt in range(CONTENDED_TRIES):
+        try:
+            return call()
+        except MlflowException as error:
+            if attempt == CONTENDED_TRIES - 1 or not any(sign in str(error) for sign in CONTENDED):
+                raise
+            time.sleep(0.2 * (attempt + 1))
+    raise AssertionError("the last try returns or raises")
+
+
+def is_http(uri: str) -> bool:
+    """Whether the address is a server's."""
+    return uri.startswith(("http://", "https://"))
+
+
+def without_secrets(text: str) -> str:
+    """The text without passwords in addresses (`//user:password@`, `password=...`)."""
+    text = re.sub(r"(?<=://)[^/@\s]+@", "***@", text)
+    return re.sub(r"(?i)\b(password|passwd|secret|token)=[^&\s]+", r"\1=***", text)
+
+
+def _find_or_create_experiment(client: Any, name: str, artifacts: str | None) -> str:
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            # The kind makes the UI open the experiment as model training.
+            tags = {"mlflow.experimentKind": "custom_model_development"}
+            return str(client.create_experiment(name, artifact_location=artifacts, tags=tags))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            experiment = client.get_experiment_by_name(name)
+    if experiment.lifecycle_stage != "active":
+        fix = f"restore it (`mlflow experiments restore -x {experiment.experiment_id}`) or set tracking.experiment"
+        raise InputError("the MLflow experiment was deleted", where=f"tracking.experiment = {name}", fix=fix)
+    return str(experiment.experiment_id)
+
+
+def _check_reachable(uri: str) -> None:
+    """Fail within seconds where MLflow's client would try for minutes."""
+    where = without_secrets(uri)
+    if is_http(uri):
+        try:
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=PROBE_SECONDS).close()
+        except urllib.error.HTTPError:
+            return  # It answers; what it refuses, the client's first call says better.
+        except (OSError, HTTPException, ValueError) as error:
+            raise InputError(f"the MLflow server cannot be reached: {error}", where=where, fix=FIX) from error
+    elif re.match(r"\w+(\+\w+)?://", uri) and not uri.startswith("file:"):
+        _check_database(uri, where)
+    else:
+        what = "MLflow keeps runs in a database or on a server, not in a folder"
+        raise InputError(what, where=where, fix="use sqlite:///PATH/mlflow.db, postgresql://… or http://…")
+
+
+def _check_database(uri: str, where: str) -> None:
+    import sqlalchemy
+
+    is_sqlite = uri.startswith("sqlite:")
+    try:
+        address = sqlalchemy.make_url(uri)
+        if is_sqlite and address.database:
+            Path(address.database).parent.mkdir(parents=True, exist_ok=True)
+        arguments = {} if is_sqlite else {"connect_timeout": PROBE_SECONDS}
+        engine = sqlalchemy.create_engine(address, connect_args=arguments)
+        with engine.connect() as connection:
+            connection.execute(sqlalchemy.text("SELECT 1 FROM sqlite_master" if is_sqlite else "SELECT 1"))
+        engine.dispose()
+    except (sqlalchemy.exc.SQLAlchemyError, OSError, ImportError) as error:
+        reason = without_secrets(str(getattr(error, "orig", None) or error).splitlines()[0])
+        raise InputError(f"the MLflow database cannot be opened: {reason}", where=where, fix=FIX) from error

@@ -1,0 +1,278 @@
+"""What a reader of the Prefect UI sees of a run: its identity, progress, rounds, verdict and links.
+
+Nothing here may stop a run: without a flow run there is nothing to record on, and a Prefect server that
+does not answer is a warning.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+from uuid import UUID
+
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    update_progress_artifact,
+)
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterParentFlowRunId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+    TaskRunFilter,
+    TaskRunFilterState,
+    TaskRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
+from prefect.context import FlowRunContext
+from prefect.settings import PREFECT_API_URL
+from prefect.states import Crashed
+from prefect.utilities.urls import url_for
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import FlowRun, State
+
+log = logging.getLogger(__name__)
+
+UNFINISHED = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
+PROGRESS_SECONDS = 2.0
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _recorded(function: Callable[P, T]) -> Callable[P, T | None]:
+    """A function that does nothing outside a flow run, and whose failure is a warning."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T | None:
+        if _this_run() is None:
+            return None
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:  # Whatever Prefect's client raises, the run itself is sound.
+            log.warning("Prefect: %s not recorded: %s", function.__name__.strip("_"), error)
+            return None
+
+    return call
+
+
+@_recorded
+def announce_run(identity: str) -> None:
+    """Mark this flow run as working on an experiment, and its dead predecessors as Crashed.
+
+    Args:
+        identity: of the experiment or sweep; the run gets the tag `experiment:<identity>` and, as labels, the
+            process that runs it.
+    """
+    run = _this_run()
+    assert run is not None
+    tag = f"experiment:{identity}"
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(run.id, tags=sorted({*run.tags, tag}))
+        client.update_flow_run_labels(run.id, _this_process())
+        for predecessor in _unfinished_with(client, tag):
+            if predecessor.id != run.id and _is_dead(predecessor.labels):
+                _mark_crashed(client, predecessor, run)
+
+
+def flow_run_url() -> str:
+    """The page of the running flow; "" outside a flow run or on a server that ends with this process."""
+    run = _this_run()
+    if run is None or not PREFECT_API_URL.value():
+        return ""
+    return url_for("flow-run", obj_id=run.id) or ""
+
+
+@_recorded
+def link_to_mlflow(url: str, identity: str) -> None:
+    """A link artifact from the flow run to its MLflow run; nothing when there is no page (`url` is "")."""
+    if url:
+        create_link_artifact(url, "MLflow run", key=f"mlflow-{_slug(identity)}", description="The run in MLflow")
+
+
+@_recorded
+def show_markdown(key: str, markdown: str, description: str = "") -> None:
+    """A markdown artifact of the flow run (the rounds, the verdict).
+
+    Args:
+        key: what the Artifacts page lists it by; versions of one key follow each other.
+        markdown: may hold Mermaid charts.
+        description: one line.
+    """
+    create_markdown_artifact(markdown, key=_slug(key), description=description)
+
+
+class ProgressArtifacts:
+    """A `Progress` that keeps one progress artifact for each part of the run that takes seconds.
+
+    A part is shown from its second report on, at most every two seconds and when it is done, so that cached stages
+    leave no artifact and recording costs nothing beside the work.
+    """
+
+    def __init__(self, every_seconds: float = PROGRESS_SECONDS) -> None:
+        self._every = every_seconds
+        self._last: dict[str, float] = {}
+        self._artifacts: dict[str, UUID] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Report that `done` of `total` steps of the part `what` are done."""
+        now = time.monotonic()
+        first = self._last.setdefault(what, now)
+        ended = done >= total
+        if now - first < self._every and not (ended and what in self._artifacts):
+            return
+        self._last[what] = now
+        self._show(what, 100.0 * done / max(total, 1))
+        if ended:
+            self._artifacts.pop(what, None)
+            del self._last[what]
+
+    def _show(self, what: str, percent: float) -> None:
+        if what in self._artifacts:
+            _update_progress(self._artifacts[what], percent)
+        elif (artifact := _create_progress(what, percent)) is not None:
+            self._artifacts[what] = artifact
+
+
+@_recorded
+def _create_progress(what: str, percent: float) -> UUID:
+    return cast(UUID, create_progress_artifact(percent, key=_slug(what), description=what))
+
+
+@_recorded
+def _update_progress(artifact: UUID, percent: float) -> None:
+    update_progress_artifact(artifact, percent)
+
+
+def rounds_markdown(rounds: Sequence[Mapping[str, Any]], names: Sequence[str], limits: Sequence[float]) -> str:
+    """The rounds as a table and, from two rounds on, the λ and cost trajectories as Mermaid charts.
+
+    Args:
+        rounds: records {round, lambda, reward, cost, cost_upper, kl, seconds}; lambda, cost and cost_upper are a
+            number, or one for each constraint.
+        names: the constraints' names [m].
+        limits: their limits [m].
+    """
+    heads = [
+        "round",
+        *_headed("λ", names),
+        "reward",
+        *_headed("cost", names),
+        *_headed("bound", names),
+        "KL",
+        "seconds",
+    ]
+    rows = [
+        [str(record["round"])]
+        + [_number(value) for value in _each(record.get("lambda"), names)]
+        + [_number(record.get("reward"))]
+        + [_number(value) for key in ("cost", "cost_upper") for value in _each(record.get(key), names)]
+        + [_number(record.get("kl")), _number(record.get("seconds"), ".1f")]
+        for record in rounds
+    ]
+    targets = ", ".join(f"{name} ≤ {limit:g}" for name, limit in zip(names, limits, strict=True))
+    parts = [f"## Rounds\n\nLimits on the mean cost: {targets}", markdown_table(heads, rows)]
+    if len(rounds) > 1:
+        at = [record["round"] for record in rounds]
+        for title, key in (("λ by round", "lambda"), ("mean cost by round", "cost")):
+            lines = list(zip(*(_each(record.get(key), names) for record in rounds), strict=True))
+            flat = [[limit] * len(at) for limit in limits] if key == "cost" else []
+            parts.append(_mermaid_lines(title, at, [*lines, *flat]))
+    return "\n\n".join(parts)
+
+
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table, numbers to the right of its first column."""
+    rule = ["---"] + ["--:"] * (len(heads) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, rule, *rows))
+
+
+def _mermaid_lines(title: str, at: Sequence[int], lines: Sequence[Sequence[float | None]]) -> str:
+    drawn = [[0.0 if value is None else float(value) for value in line] for line in lines]
+    low, high = min(map(min, drawn)), max(map(max, drawn))
+    room = 0.1 * (high - low) or 0.5
+    body = "\n".join(f"  line [{', '.join(f'{value:.4g}' for value in line)}]" for line in drawn)
+    axis = f'  x-axis "round" [{", ".join(map(str, at))}]\n  y-axis {low - room:.4g} --> {high + room:.4g}'
+    return f'```mermaid\nxychart-beta\n  title "{title}"\n{axis}\n{body}\n```'
+
+
+def _this_run() -> FlowRun | None:
+    context = FlowRunContext.get()
+    return context.flow_run if context is not None else None
+
+
+def _this_process() -> dict[str, Any]:
+    import psutil
+
+    return {"cdpo.host": platform.node(), "cdpo.pid": os.getpid(), "cdpo.started": psutil.Process().create_time()}
+
+
+def _is_dead(labels: Mapping[str, Any]) -> bool:
+    """Whether the process that a run's labels name is certainly gone: it was on this host and no longer is."""
+    import psutil
+
+    if labels.get("cdpo.host") != platform.node():
+        return False
+    try:
+        process = psutil.Process(int(labels["cdpo.pid"]))
+        # A pid is used again after a while; the process it names must have started when the run's did.
+        is_same = abs(process.create_time() - float(labels["cdpo.started"])) < 1.0
+        return not is_same or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _unfinished_with(client: SyncPrefectClient, tag: str) -> list[FlowRun]:
+    unfinished = FlowRunFilterState(type=FlowRunFilterStateType(any_=UNFINISHED))
+    return client.read_flow_runs(flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[tag]), state=unfinished))
+
+
+def _mark_crashed(client: SyncPrefectClient, dead: FlowRun, successor: FlowRun) -> None:
+    """Crashed, for the run and for every subflow and task of it that seems to run."""
+    state: State[Any] = Crashed(
+        message=f"Its process was killed; the run {successor.name} ({successor.id}) continues it."
+    )
+    unfinished_tasks = TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=UNFINISHED)))
+    for run in _with_subflows(client, dead):
+        of_run = FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))
+        for task_run in client.read_task_runs(flow_run_filter=of_run, task_run_filter=unfinished_tasks):
+            client.set_task_run_state(task_run.id, state, force=True)
+        client.set_flow_run_state(run.id, state, force=True)
+    log.info("the killed Prefect run %s is marked Crashed; this run continues it", dead.name)
+
+
+def _with_subflows(client: SyncPrefectClient, run: FlowRun) -> Iterator[FlowRun]:
+    yield run
+    unfinished = FlowRunFilterState(type=FlowRunFilterStateType(any_=UNFINISHED))
+    below = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[run.id]), state=unfinished)
+    for child in client.read_flow_runs(flow_run_filter=below):
+        yield from _with_subflows(client, child)
+
+
+def _slug(text: str) -> str:
+    """Lower-case letters, digits and dashes, which is all an artifact's key may hold."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower().replace("λ", "lambda")).strip("-")[:200]
+
+
+def _headed(head: str, names: Sequence[str]) -> list[str]:
+    return [f"{head} {name}" for name in names] if len(names) > 1 else [head]
+
+
+def _each(value: Any, names: Sequence[str]) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value] * len(names)
+
+
+def _number(value: Any, spec: str = ".3f") -> str:
+    return "" if value is None else format(float(value), spec)

@@ -1,0 +1,70 @@
+"""The report: the result record, the figures and the samples table, as files under the state folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cdpo_core.evaluation import figures
+from cdpo_core.evaluation.measure import Measured
+from tasks.dual import OfflinePlan, predicted_curve
+from tasks.environment import cdpo_home
+from tasks.records import Prepared
+from tasks.workbench import Workbench
+
+
+def report_folder(key: str, name: str) -> Path:
+    """Where an experiment's or sweep's report goes: `reports/<name>-<key>` under the state folder."""
+    folder = cdpo_home() / "reports" / f"{name}-{key[:8]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_json(record: Mapping[str, Any], path: Path) -> None:
+    """Write a record atomically: the file is whole or not there."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def draw_figures(
+    bench: Workbench, result: Mapping[str, Any], plan: OfflinePlan, history: list[Any], test: Mapping[str, Measured], folder: Path
+) -> None:
+    """The lambda trajectory, reward and cost per round, the predicted cost curve, the cost histogram."""
+    names = bench.names
+    limits = [item.limit for item in bench.config.constraints]
+    rounds = result["rounds"]
+    if rounds:
+        figures.lambda_trajectory(rounds, names, limits, folder / "lambda_trajectory.png")
+    baselines = {name: {"reward": row["reward"], "cost": row["cost"]} for name, row in result["baselines"].items()}
+    figures.reward_and_cost_per_round(rounds, limits[0], folder / "reward_and_cost.png", baselines)
+    lambdas, costs = predicted_curve(plan)
+    measured = [(max(item.lambda_), item.cost[0], item.half_width[0]) for item in history]
+    figures.predicted_curve(lambdas, costs[:, 0], limits[0], folder / "predicted_cost.png", measured, names[0])
+    columns = {name: item.costs(names)[:, 0] for name, item in test.items()}
+    figures.cost_histogram(columns, limits[0], folder / "cost_histogram.png")
+
+
+def write_samples(bench: Workbench, prepared: Prepared, test: Mapping[str, Measured], folder: Path) -> None:
+    """The first answers of the reference and of the policy to some test prompts, side by side."""
+    if "policy" not in test:
+        return
+    prompts = bench.table(prepared.data, "prompts").set_index("prompt_id")["prompt"]
+    shown: int = bench.config.evaluation.samples_shown
+    columns = ["prompt_id", "response", "reward", *(f"cost_{name}" for name in bench.names)]
+    sides = []
+    for name in ("reference", "policy"):
+        first = test[name].table.query("sample == 0")[columns].set_index("prompt_id")
+        sides.append(first.add_prefix(f"{name}_"))
+    table = pd.concat(sides, axis=1)
+    # Evenly spaced over the reference's cost, so that the table shows harmless and harmful prompts alike.
+    order = table[f"reference_cost_{bench.names[0]}"].argsort(kind="stable").to_numpy()
+    rows = order[np.unique(np.linspace(0, len(order) - 1, min(shown, len(order))).round().astype(int))]
+    chosen = table.iloc[rows].reset_index()
+    chosen.insert(1, "prompt", chosen["prompt_id"].map(prompts))
+    chosen.round(4).to_parquet(folder / "samples.parquet", index=False)

@@ -1,0 +1,91 @@
+"""Assembling the result record from what the parts of the DAG returned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cdpo_core.artifacts import ArtifactRef
+from cdpo_core.evaluation.measure import Measured
+from cdpo_core.evaluation.result import constraint_records, each, verdict
+from cdpo_core.stages import library_versions
+from tasks.dual import OfflinePlan
+from tasks.evaluation import Certified
+from tasks.journal import Journal
+from tasks.workbench import Workbench
+
+# What the exact judge says of the returned policy itself; the rest is about the world.
+POLICY_FIGURES_OF_ORACLE = ("captured", "support_mass", "true_reward", "true_cost")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the parts of the DAG returned, as the result reads it.
+
+    Attributes:
+        rounds: the rounds' records, oldest first; empty when the limit was known to be out of reach.
+        chosen: index of the returned round; -1 when there is none.
+        policy: the returned round's policy, or None.
+        certified: None when the limit is out of reach.
+        test: scored test responses; `policy` is the returned one, the others are baselines.
+        oracle: the exact judge's record, {} off the testbed.
+        floor: [m] lowest mean costs: exact on the testbed, else among the reference samples and rounds.
+    """
+
+    rounds: Sequence[Mapping[str, Any]]
+    chosen: int
+    policy: ArtifactRef | None
+    certified: Certified | None
+    test: Mapping[str, Measured]
+    oracle: Mapping[str, Any]
+    floor: Sequence[float]
+
+
+def experiment_result(
+    bench: Workbench, journal: Journal, plan: OfflinePlan, scorers: Mapping[str, Any], outcome: Outcome
+) -> dict[str, Any]:
+    """The result record (DESIGN: Result)."""
+    names, limits = bench.names, [item.limit for item in bench.config.constraints]
+    certified = outcome.certified
+    certificates = [certified.record(index) if certified else None for index in range(len(names))]
+    chosen = outcome.rounds[outcome.chosen] if outcome.rounds else None
+    lambda_, costs = (each(chosen[key]) if chosen else [None] * len(names) for key in ("lambda", "cost"))
+    figures = {name: item.summary(names, outcome.test["reference"]) for name, item in outcome.test.items()}
+    run_id = journal.run_id
+    result: dict[str, Any] = {
+        "name": bench.config.name,
+        "status": "infeasible" if certified is None else "certified" if certified.passed else "not_certified",
+        "limit": limits[0],
+        "lambda": lambda_[0],
+        "chosen_round": chosen["round"] if chosen else None,
+        "rounds": list(outcome.rounds),
+        "constraints": constraint_records(names, limits, lambda_, costs, certificates),
+        "certificate": certificates[0],
+        "reachable": {
+            "at_zero": float(plan.dual.expected(np.zeros(len(names))).costs[0]),
+            "floor": float(outcome.floor[0]),
+        },
+        "warnings": [plan.warning] if plan.warning else [],
+        "test": figures.pop("policy", None),
+        "baselines": figures,
+        "scorers": dict(scorers),
+        "oracle": _oracle(outcome.oracle, feasible=certified is not None),
+        "stages": [
+            {"name": item.label, "seconds": round(item.seconds, 3), "cached": item.cached} for item in bench.results
+        ],
+        "policy": outcome.policy.model_dump() if outcome.policy else None,
+        "tracking": {"run_id": run_id, "uri": journal.tracker.uri, "url": journal.tracker.run_url(run_id)},
+        "store": bench.store.uri,
+        "seed": bench.config.seed,
+        "versions": library_versions(),
+    }
+    return {**result, "verdict": verdict(result)}
+
+
+def _oracle(oracle: Mapping[str, Any], feasible: bool) -> dict[str, Any]:
+    if feasible:
+        return dict(oracle)
+    return {name: None if name in POLICY_FIGURES_OF_ORACLE else value for name, value in oracle.items()}

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from scipy.optimize import brentq, minimize
+from scipy.special import softmax
+
+from cdpo_core.dual.offline import OfflineDual
+from cdpo_core.dual.quadratic import box_newton_step
+from cdpo_core.randomness import numpy_stream
+
+BETA = 0.5
+
+
+class Toy:
+    """A world of 40 prompts with 6 responses each, whose reference probabilities are multiples of 1/16."""
+
+    def __init__(self, m: int = 1) -> None:
+        rng = numpy_stream(0, "toy", m)
+        self.counts = np.array([rng.multinomial(10, np.ones(6) / 6) + 1 for _ in range(40)])
+        self.costs = rng.normal(0, 1.5, (40, 1, m)) + rng.normal(0, 1.5, (40, 6, m))
+        self.reward = 0.6 * self.costs.sum(axis=2) + rng.normal(0, 1, (40, 6))
+
+    def policy(self, lambda_: np.ndarray) -> np.ndarray:
+        return softmax(np.log(self.counts) + (self.reward - self.costs @ np.asarray(lambda_)) / BETA, axis=1)
+
+    def exact_costs(self, lambda_: np.ndarray) -> np.ndarray:
+        return np.einsum("pr,prm->m", self.policy(lambda_), self.costs) / len(self.costs)
+
+    def all_samples(self) -> OfflineDual:
+        """Every response as often as the reference draws it: the sample is the population."""
+        rows = [np.repeat(np.arange(6), counts) for counts in self.counts]
+        return self._dual(rows)
+
+    def drawn(self, k: int, rng: np.random.Generator) -> OfflineDual:
+        return self._dual([rng.choice(6, size=k, p=counts / 16) for counts in self.counts])
+
+    def _dual(self, rows: list[np.ndarray]) -> OfflineDual:
+        picked = np.array(rows)
+        each = np.arange(40)[:, None]
+        return OfflineDual(self.reward[each, picked], self.costs[each, picked], BETA)
+
+
+def differences(function: Callable[[np.ndarray], np.ndarray], at: np.ndarray, step: float = 1e-5) -> np.ndarray:
+    columns = [(function(at + step * unit) - function(at - step * unit)) / (2 * step) for unit in np.eye(len(at))]
+    return np.stack(columns, axis=-1)
+
+
+def test_figures_equal_the_exact_policy_where_the_sample_is_the_population() -> None:
+    toy = Toy()
+    point = toy.all_samples().expected(np.array([0.7]))
+    policy = toy.policy(np.array([0.7]))
+    np.testing.assert_allclose(point.costs, toy.exact_costs(np.array([0.7])))
+    assert point.reward == pytest.approx((policy * toy.reward).sum(axis=1).mean())
+    assert point.kl == pytest.approx((policy * np.log(policy / (toy.counts / 16))).sum(axis=1).mean())
+    np.testing.assert_allclose(point.prompt_costs.mean(axis=0), point.costs)
+
+
+def test_uniform_weights_at_zero_reward() -> None:
+    dual = OfflineDual(np.zeros((3, 8)), np.arange(24.0).reshape(3, 8, 1), BETA)
+    point = dual.expected(np.zeros(1))
+    assert point.kl == pytest.approx(0)
+    assert point.effective_samples == pytest.approx(8)
+    assert point.costs[0] == pytest.approx(11.5)
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_gradient_and_hessian_are_those_of_the_dual(m: int) -> None:
+    dual, limits = Toy(m).all_samples(), np.linspace(-0.5, 0.3, m)
+    at = np.linspace(0.4, 0.9, m)
+    point = dual.expected(at)
+    gradient = differences(lambda lambda_: np.asarray(dual.value(lambda_, limits)), at)
+    np.testing.assert_allclose(limits - point.costs, gradient, atol=1e-8)
+    np.testing.assert_allclose(-differences(lambda x: dual.expected(x).costs, at), point.hessian, atol=1e-7)
+
+
+def test_cost_falls_in_lambda() -> None:
+    costs = [point.costs[0] for point in Toy().all_samples().curve(np.linspace(0, 5, 30)[:, None])]
+    assert (np.diff(costs) < 0).all()
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.95])
+def test_solution_equals_the_exact_optimum(share: float) -> None:
+    toy = Toy()
+    dual = toy.all_samples()
+    start, floor = toy.exact_costs(np.zeros(1))[0], dual.floor()[0]
+    limit = start + share * (floor - start)
+    exact = brentq(lambda value: toy.exact_costs(np.array([value]))[0] - limit, 0, 50, xtol=1e-12)
+    assert dual.solve(np.array([limit]), 50.0)[0] == pytest.approx(exact, rel=1e-6)
+
+
+def test_two_costs_equal_a_general_minimiser() -> None:
+    dual, limits = Toy(2).all_samples(), np.array([-0.4, -0.2])
+    general = minimize(lambda x: dual.value(x, limits), np.ones(2), bounds=[(0, 20)] * 2, options={"ftol": 1e-14})
+    np.testing.assert_allclose(dual.solve(limits, 20.0), general.x, atol=1e-4)
+    np.testing.assert_allclose(dual.expected(dual.solve(limits, 20.0)).costs, limits, atol=1e-8)
+
+
+def test_a_slack_cost_has_multiplier_zero() -> None:
+    dual = Toy(2).all_samples()
+    lambda_ = dual.solve(np.array([-0.4, 100.0]), 20.0)
+    assert lambda_[1] == 0
+    assert dual.expected(lambda_).costs[0] == pytest.approx(-0.4, abs=1e-8)
+    assert dual.solve(np.array([100.0, 100.0]), 20.0).tolist() == [0, 0]
+
+
+def test_a_limit_below_the_floor_ends_at_lambda_max() -> None:
+    dual = Toy().all_samples()
+    assert dual.solve(dual.floor() - 0.5, 20.0).tolist() == [20.0]
+
+
+def test_more_samples_come_closer_and_few_lean_to_the_reference() -> None:
+    toy, rng = Toy(), numpy_stream(0, "offline samples")
+    lambda_ = np.array([1.0])
+    exact = toy.exact_costs(lambda_)[0]
+    errors = {k: np.mean([toy.drawn(k, rng).expected(lambda_).costs[0] - exact for _ in range(60)]) for k in (4, 256)}
+    assert errors[4] > 0.1
+    assert abs(errors[256]) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("reward", "costs", "beta"),
+    [
+        (np.zeros(4), np.zeros((4, 1)), 0.5),
+        (np.zeros((4, 1)), np.zeros((4, 1, 1)), 0.5),
+        (np.zeros((4, 3)), np.zeros((4, 3)), 0.5),
+        (np.full((4, 3), np.nan), np.zeros((4, 3, 1)), 0.5),
+        (np.zeros((4, 3)), np.zeros((4, 3, 1)), 0.0),
+    ],
+)
+def test_bad_samples_are_refused(reward: np.ndarray, costs: np.ndarray, beta: float) -> None:
+    with pytest.raises(ValueError, match=r"reward|costs|finite|beta"):
+        OfflineDual(reward, costs, beta)
+
+
+def test_box_newton_step_is_the_constrained_minimiser() -> None:
+    gradient, hessian = np.array([-4.0, 1.0]), np.array([[2.0, 0.5], [0.5, 1.0]])
+    wide = box_newton_step(gradient, hessian, np.full(2, -10.0), np.full(2, 10.0))
+    np.testing.assert_allclose(hessian @ wide, -gradient, atol=1e-4)
+    # With the second coordinate held at its bound, the first must solve its own equation.
+    held = box_newton_step(gradient, hessian, np.array([-10.0, 0.0]), np.array([10.0, 0.0]))
+    np.testing.assert_allclose(held, [2.0, 0.0], atol=1e-4)
+    bound = box_newton_step(gradient, hessian, np.array([-10.0, 0.0]), np.array([10.0, 5.0]))
+    np.testing.assert_allclose(bound, [2.0, 0.0], atol=1e-4)
+    flat = box_newton_step(np.array([-1.0]), np.zeros((1, 1)), np.array([-1.0]), np.array([3.0]))
+    assert flat.tolist() == [3.0]

@@ -1,0 +1,495 @@
+"""One suite over every kind of store: what is promised of a folder is promised of a bucket."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import boto3
+import pytest
+
+from cdpo_core.artifacts import Manifest, Store, files_digest, folder_files
+from cdpo_core.errors import CorruptArtifact, InputError, StoreUnavailable
+from cdpo_core.local_store import LocalStore
+from tasks import s3_connection, s3_store
+from tasks.s3_store import S3Store
+from tasks.storage import open_store
+
+
+@dataclass
+class Backend:
+    """A store, and ways around it to what it keeps."""
+
+    uri: str
+    store: Store
+    overwrite: Callable[[str, bytes], None]
+    remove: Callable[[str], None]
+    names: Callable[[str], list[str]]
+    anew: Callable[[], Store]
+
+
+@pytest.fixture(params=["folder", "s3"])
+def backend(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    monkeypatch.setenv("CDPO_HOME", str(tmp_path / "home"))
+    if request.param == "s3":
+        return bucket_backend(request.getfixturevalue("s3_uri"), tmp_path)
+    root = tmp_path / "store"
+
+    def overwrite(name: str, content: bytes) -> None:
+        (root / name).unlink()
+        (root / name).write_bytes(content)
+
+    def names(start: str) -> list[str]:
+        paths = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+        return sorted(path for path in paths if path.startswith(start))
+
+    def anew() -> Store:
+        return LocalStore(root)
+
+    return Backend(str(root), open_store(str(root)), overwrite, lambda name: (root / name).unlink(), names, anew)
+
+
+def bucket_backend(uri: str, tmp_path: Path) -> Backend:
+    bucket, prefix = uri.removeprefix("s3://").split("/")
+    client = boto3.session.Session().client("s3")
+
+    def names(start: str) -> list[str]:
+        page = client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/{start}")
+        return sorted(item["Key"].removeprefix(f"{prefix}/") for item in page.get("Contents", []))
+
+    def anew() -> Store:
+        shutil.rmtree(tmp_path / "home", ignore_errors=True)
+        return open_store(uri)
+
+    return Backend(
+        uri,
+        open_store(uri),
+        lambda name, content: client.put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=content),
+        lambda name: client.delete_object(Bucket=bucket, Key=f"{prefix}/{name}"),
+        names,
+        anew,
+    )
+
+
+def artifact(folder: Path, key: str = "k" * 8, **files: str) -> tuple[Path, Manifest]:
+    """A folder of files (`__` in a name is a `/`) and its manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (files or {"a.txt": "alpha", "deep__b.txt": "beta"}).items():
+        path = folder / name.replace("__", "/")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+    entries = folder_files(folder)
+    return folder, Manifest(stage="sft", key=key, kind="policy", digest=files_digest(entries), files=entries)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {p.relative_to(folder).as_posix(): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_what_is_published_is_found_checked_and_fetched(backend: Backend, tmp_path: Path) -> None:
+    folder, manifest = artifact(tmp_path / "out")
+    assert backend.store.find("sft", manifest.key) is None
+    assert backend.store.publish(folder, manifest) == manifest
+    shutil.rmtree(folder)
+    for store in (backend.store, backend.anew()):
+        assert store.find("sft", manifest.key) == manifest
+        store.check(manifest)
+        assert contents(store.fetch(manifest)) == {"a.txt": "alpha", "deep/b.txt": "beta"}
+        assert store.manifests() == [manifest]
+    assert len(backend.names("objects/")) == 2
+    assert backend.names("stages/") == [f"stages/sft/{manifest.key}.json"]
+
+
+def test_equal_files_are_stored_once(backend: Backend, tmp_path: Path) -> None:
+    first = artifact(tmp_path / "1", "one", a="same", b="same")
+    second = artifact(tmp_path / "2", "two", c="same", d="other")
+    for folder, manifest in (first, second):
+        backend.store.publish(folder, manifest)
+    assert len(backend.names("objects/")) == 2
+    assert contents(backend.anew().fetch(first[1])) == {"a": "same", "b": "same"}
+    assert backend.store.manifests() == [first[1], second[1]]
+
+
+def test_an_artifact_without_files_is_an_artifact(backend: Backend, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    manifest = Manifest(stage="sft", key="empty", kind="policy", digest=files_digest({}), files={})
+    backend.store.publish(tmp_path / "out", manifest)
+    assert contents(backend.store.fetch(manifest)) == {}
+
+
+def test_of_many_publishers_of_one_key_one_wins_and_all_learn_which(backend: Backend, tmp_path: Path) -> None:
+    racers = [artifact(tmp_path / str(i), "raced", a=f"content {i}") for i in range(8)]
+    barrier = Barrier(len(racers))
+
+    def publish(racer: tuple[Path, Manifest]) -> Manifest:
+        barrier.wait()
+        return backend.store.publish(*racer)
+
+    with ThreadPoolExecutor(len(racers)) as pool:
+        published = list(pool.map(publish, racers))
+    assert len({manifest.digest for manifest in published}) == 1
+    assert backend.anew().find("sft", "raced") == published[0]
+    assert contents(backend.store.fetch(published[0]))["a"].startswith("content ")
+
+
+@pytest.mark.parametrize("damage", ["cut short", "missing"])
+def test_a_damaged_object_is_seen_by_check_and_set_aside(backend: Backend, tmp_path: Path, damage: str) -> None:
+    folder, manifest = artifact(tmp_path / "out")
+    backend.store.publish(folder, manifest)
+    name = f"objects/{manifest.files['a.txt'].sha256}"
+    backend.remove(name) if damage == "missing" else backend.overwrite(name, b"al")
+    store = backend.anew()
+    with pytest.raises(CorruptArtifact):
+        store.check(manifest)
+    store.set_aside(manifest)
+    assert store.find("sft", manifest.key) is None
+    assert name not in backend.names("objects/")
+    assert len(backend.names("aside/")) == (1 if damage == "missing" else 2)
+    assert backend.store.publish(folder, manifest) == manifest
+    assert contents(backend.anew().fetch(manifest))["a.txt"] == "alpha"
+
+
+def test_changed_bytes_of_the_same_size_are_seen_when_they_are_read(backend: Backend, tmp_path: Path) -> None:
+    folder, manifest = artifact(tmp_path / "out")
+    backend.store.publish(folder, manifest)
+    backend.store.fetch(manifest)
+    backend.overwrite(f"objects/{manifest.files['a.txt'].sha256}", b"omega")
+    store = backend.anew()
+    with pytest.raises(CorruptArtifact):
+        store.fetch(manifest)
+    store.set_aside(manifest)
+    store.publish(folder, manifest)
+    assert contents(backend.anew().fetch(manifest))["a.txt"] == "alpha"
+
+
+def test_setting_aside_leaves_what_another_process_has_published_since(backend: Backend, tmp_path: Path) -> None:
+    folder, manifest = artifact(tmp_path / "out")
+    newer = manifest.model_copy(update={"created": "later"})
+    backend.store.publish(folder, newer)
+    backend.store.set_aside(manifest)
+    assert backend.store.find("sft", manifest.key) == newer
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"stage": "sft"}', "[]"])
+def test_an_unreadable_manifest_is_set_aside_and_said(
+    backend: Backend, tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, manifest = artifact(tmp_path / "out")
+    backend.store.publish(folder, manifest)
+    backend.overwrite(f"stages/sft/{manifest.key}.json", text.encode())
+    with caplog.at_level(logging.WARNING):
+        assert backend.store.find("sft", manifest.key) is None
+    assert "set aside" in caplog.text
+    assert backend.names("stages/") == []
+    assert backend.store.publish(folder, manifest) == manifest
+
+
+def test_a_manifest_of_another_artifact_is_not_believed(backend: Backend, tmp_path: Path) -> None:
+    folder, manifest = artifact(tmp_path / "out")
+    backend.store.publish(folder, manifest)
+    lie = manifest.model_copy(update={"digest": "0" * 64})
+    backend.overwrite(f"stages/sft/{manifest.key}.json", lie.model_dump_json().encode())
+    assert backend.store.find("sft", manifest.key) is None
+
+
+def test_files_outside_the_artifact_are_refused() -> None:
+    entry = {"sha256": "0" * 64, "size": 1}
+    for name in ("../x", "/etc/x", "a/../../x", ""):
+        with pytest.raises(ValueError, match="not a path inside"):
+            Manifest.model_validate({"stage": "s", "key": "k", "kind": "x", "digest": "", "files": {name: entry}})
+
+
+def test_a_file_that_changes_while_it_is_stored_publishes_nothing(backend: Backend, tmp_path: Path) -> None:
+    folder, manifest = artifact(tmp_path / "out")
+    (folder / "a.txt").write_text("later")
+    with pytest.raises(CorruptArtifact):
+        backend.store.publish(folder, manifest)
+    assert backend.store.find("sft", manifest.key) is None
+    assert backend.store.manifests() == []
+
+
+def test_records_are_written_once(backend: Backend) -> None:
+    store = backend.store
+    assert store.get_record("runs/a") is None
+    assert store.put_record("runs/a", {"n": 1})
+    assert not store.put_record("runs/a", {"n": 2})
+    assert store.put_record("runs/b=1.5", {"n": 3})
+    assert store.put_record("ledger", {"n": 4})
+    assert store.get_record("runs/a") == {"n": 1}
+    assert store.record_names("runs/") == ["runs/a", "runs/b=1.5"]
+    assert store.record_names("") == ["ledger", "runs/a", "runs/b=1.5"]
+    store.delete_record("runs/a")
+    store.delete_record("runs/a")
+    assert store.record_names("runs/") == ["runs/b=1.5"]
+    assert store.manifests() == []
+
+
+def test_of_many_writers_of_one_record_one_wins(backend: Backend) -> None:
+    barrier = Barrier(8)
+
+    def write(number: int) -> bool:
+        barrier.wait()
+        return backend.store.put_record("claim", {"by": number})
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(write, range(8)))
+    assert sum(won) == 1
+    assert backend.store.get_record("claim") == {"by": won.index(True)}
+
+
+def test_names_and_contents_of_records_are_checked(backend: Backend) -> None:
+    for name in ("../x", "/x", "a//b", ".hidden", ""):
+        with pytest.raises(ValueError, match="cannot name a record"):
+            backend.store.put_record(name, {})
+    backend.store.put_record("a", {"n": 1})
+    backend.overwrite("records/a.json", b"{")
+    with pytest.raises(CorruptArtifact):
+        backend.store.get_record("a")
+
+
+def test_a_probe_of_a_good_store_leaves_nothing(backend: Backend) -> None:
+    backend.store.probe()
+    assert backend.names("") == []
+
+
+# Folder stores
+
+
+def test_two_fetches_share_a_view_and_a_damaged_view_is_made_again(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "store")
+    folder, manifest = artifact(tmp_path / "out")
+    store.publish(folder, manifest)
+    view = store.fetch(manifest)
+    (view / "stray.txt").write_text("x")
+    (view / "a.txt").unlink()
+    (view / "a.txt").write_text("not ours")
+    assert store.fetch(manifest) == view
+    assert contents(view) == {"a.txt": "alpha", "deep/b.txt": "beta"}
+    assert list((tmp_path / "store" / "tmp").iterdir()) == []
+
+
+def test_bytes_are_read_once_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LocalStore(tmp_path / "store")
+    folder, manifest = artifact(tmp_path / "out")
+    store.publish(folder, manifest)
+    for path in (tmp_path / "store" / "objects").iterdir():
+        os.utime(path, (1, 1))
+    store.check(manifest)
+    monkeypatch.setattr("cdpo_core.artifacts.file_sha256", lambda path: pytest.fail(f"{path} was read again"))
+    LocalStore(tmp_path / "store").fetch(manifest)
+
+
+@pytest.mark.parametrize("below", ["a file", "/proc"])
+def test_a_folder_that_cannot_be_written(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_text("")
+    root = tmp_path / "file" / "store" if below == "a file" else Path("/proc/store")
+    with pytest.raises(StoreUnavailable, match="cannot be") as caught:
+        LocalStore(root).probe()
+    assert str(root) in str(caught.value)
+    assert "--store" in caught.value.fix
+
+
+def test_a_folder_without_working_links_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "link", os.replace)
+    with pytest.raises(StoreUnavailable):
+        LocalStore(tmp_path).probe()
+
+
+def test_a_full_disk_is_said_and_publishes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LocalStore(tmp_path / "store")
+    folder, manifest = artifact(tmp_path / "out")
+
+    def full(source: Path, target: Path) -> None:
+        target.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", full)
+        with pytest.raises(StoreUnavailable, match="No space left"):
+            store.publish(folder, manifest)
+    assert store.manifests() == []
+    assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []
+    assert store.publish(folder, manifest) == manifest
+
+
+# Buckets
+
+
+def test_large_objects_travel_in_parts(s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from boto3.s3.transfer import TransferConfig
+
+    parts = TransferConfig(multipart_threshold=5 << 20, multipart_chunksize=5 << 20)
+    monkeypatch.setattr(s3_store, "transfer_settings", lambda: parts)
+    monkeypatch.setenv("CDPO_HOME", str(tmp_path / "one"))
+    folder, manifest = artifact(tmp_path / "out", weights="0123456789abcdef" * (11 << 16))
+    open_store(s3_uri).publish(folder, manifest)
+    bucket, prefix = s3_uri.removeprefix("s3://").split("/")
+    key = f"{prefix}/objects/{manifest.files['weights'].sha256}"
+    assert boto3.session.Session().client("s3").head_object(Bucket=bucket, Key=key)["ETag"].endswith('-3"')
+    monkeypatch.setenv("CDPO_HOME", str(tmp_path / "two"))
+    assert folder_files(open_store(s3_uri).fetch(manifest)) == manifest.files
+
+
+def test_a_cached_copy_is_not_fetched_again_but_is_verified(s3_uri: str, tmp_path: Path) -> None:
+    folder, manifest = artifact(tmp_path / "out")
+    open_at = [S3Store(*s3_uri.removeprefix("s3://").split("/"), tmp_path / "cache") for _ in range(2)]
+    open_at[0].publish(folder, manifest)
+    copy = tmp_path / "cache" / "objects" / manifest.files["a.txt"].sha256
+    before = copy.stat().st_ino
+    open_at[1].fetch(manifest)
+    assert copy.stat().st_ino == before
+    copy.chmod(0o644)
+    copy.write_text("omega")
+    assert contents(open_at[1].fetch(manifest))["a.txt"] == "alpha"
+
+
+def test_a_server_that_ignores_if_none_match_is_refused(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Careless:
+        def __init__(self, client: Any) -> None:
+            self.client = client
+
+        def put_object(self, IfNoneMatch: str, **request: Any) -> Any:
+            return self.client.put_object(**request)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.client, name)
+
+    connect = s3_store.connect
+    monkeypatch.setattr(s3_store, "connect", lambda patient: Careless(connect(patient=patient)))
+    with pytest.raises(StoreUnavailable, match="ignores if-none-match"):
+        open_store(s3_uri).probe()
+
+
+def test_an_unreachable_server(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://someone:planted-secret@127.0.0.1:9")
+    with pytest.raises(StoreUnavailable, match="cannot be reached") as caught:
+        open_store(s3_uri).probe()
+    assert "planted-secret" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 12
+
+
+def test_a_server_that_never_answers_is_given_up(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_store, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(s3_store.S3Store, "_try_writing", lambda self: Barrier(2).wait(5))
+    with pytest.raises(StoreUnavailable, match="did not answer"):
+        open_store(s3_uri).probe()
+
+
+def test_a_malformed_endpoint(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "nonsense")
+    with pytest.raises(StoreUnavailable):
+        open_store(s3_uri).probe()
+
+
+def test_a_bucket_that_does_not_exist(s3_uri: str) -> None:
+    store = open_store("s3://no-such-bucket/x")
+    with pytest.raises(StoreUnavailable, match="bucket does not exist"):
+        store.probe()
+    with pytest.raises(StoreUnavailable, match="bucket does not exist"):
+        store.put_record("a", {})
+
+
+def test_missing_credentials(s3_uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(StoreUnavailable, match="no S3 credentials"):
+        open_store(s3_uri).probe()
+
+
+def test_an_unknown_profile(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(StoreUnavailable, match="no S3 credentials"):
+        open_store(s3_uri).probe()
+
+
+@pytest.mark.parametrize("code", ["SlowDown", "InternalError", "connection refused"])
+def test_work_goes_on_when_the_server_comes_back(s3_uri: str, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    store = open_store(s3_uri)
+    store.put_record("a", {"n": 1})
+    failures = [_failure(code), _failure(code)]
+    monkeypatch.setattr(s3_store.time, "sleep", lambda seconds: None)
+    client, get = store._client, store._client.get_object  # type: ignore[attr-defined]
+    monkeypatch.setattr(client, "get_object", lambda **address: _raise_first(failures) or get(**address))
+    assert store.get_record("a") == {"n": 1}
+    assert failures == []
+
+
+def test_a_server_away_for_good_is_said(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(s3_uri)
+    monkeypatch.setattr(s3_store, "OUTAGE_SECONDS", -1.0)
+    away = [_failure("connection refused")]
+    monkeypatch.setattr(store._client, "get_object", lambda **address: _raise_first(away))  # type: ignore[attr-defined]
+    with pytest.raises(StoreUnavailable, match="cannot be reached"):
+        store.get_record("a")
+
+
+def _failure(code: str) -> Exception:
+    from botocore.exceptions import ClientError, EndpointConnectionError
+
+    if code == "connection refused":
+        return EndpointConnectionError(endpoint_url="http://127.0.0.1:9")
+    status = {"ResponseMetadata": {"HTTPStatusCode": 503}, "Error": {"Code": code, "Message": "later"}}
+    return ClientError(status, "GetObject")  # type: ignore[arg-type]
+
+
+def _raise_first(failures: list[Exception]) -> None:
+    if failures:
+        raise failures.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [("AccessDenied", "refuses access"), ("SignatureDoesNotMatch", "secret key"), ("RequestTimeTooSkewed", "clock")],
+)
+def test_refusals_are_said_in_the_users_words(code: str, words: str) -> None:
+    from botocore.exceptions import ClientError
+
+    refusal = ClientError({"Error": {"Code": code, "Message": "no"}}, "PutObject")
+    assert words in s3_connection.unavailable(refusal, "s3://bucket/x").what
+    assert not s3_connection.may_pass(refusal)
+
+
+# Addresses
+
+
+def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert open_store("store").uri == str(tmp_path / "store")
+    assert open_store(f"file://{tmp_path}/a%20b").uri == f"{tmp_path}/a b"
+    assert open_store("s3://bucket").uri == "s3://bucket"
+    assert open_store("s3://bucket/a/b/").uri == "s3://bucket/a/b"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "",
+        "gs://bucket/x",
+        "http://host/x",
+        "s3:/bucket",
+        "s3://",
+        "s3://UPPER/x",
+        "s3://ab",
+        "s3://[x",
+        "s3://bucket/x?endpoint=planted",
+        "file://elsewhere/x",
+        "s3://key:planted@bucket/x",
+        "s3://key:planted/secret@bucket/x",
+        "https://key:planted@host/bucket",
+    ],
+)
+def test_bad_addresses_are_refused_and_no_secret_is_repeated(uri: str) -> None:
+    with pytest.raises(InputError) as caught:
+        open_store(uri)
+    assert caught.value.fix
+    assert "planted" not in str(caught.value)
