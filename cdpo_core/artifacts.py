@@ -12,7 +12,7 @@ import json
 import re
 import time
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -74,6 +74,7 @@ class Manifest(BaseModel):
         return list({entry.sha256: entry for entry in self.files.values()}.values())
 
 
+@runtime_checkable
 class Store(Protocol):
     """What a store must do. Local folder: LocalStore; S3: tasks.s3_store.S3Store."""
 

@@ -21,7 +21,9 @@ SUFFIXES = (".yaml", ".yml")
 def preset_names() -> list[str]:
     """The names of the shipped presets, sorted."""
     return sorted(
-        entry.name.removesuffix(".yaml") for entry in resources.files("configs").iterdir() if entry.name.endswith(".yaml")
+        entry.name.removesuffix(".yaml")
+        for entry in resources.files("configs").iterdir()
+        if entry.name.endswith(".yaml")
     )
 
 
@@ -69,7 +71,9 @@ def parse_yaml(text: str, where: str) -> tuple[dict[str, Any], LineNumbers]:
         place = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
         raise InputError(f"this is not valid YAML: {problem}", where=place, fix="correct that line") from None
     except RecursionError:
-        raise InputError("this YAML refers to itself", where=where, fix="remove the alias (*) inside its own anchor") from None
+        raise InputError(
+            "this YAML refers to itself", where=where, fix="remove the alias (*) inside its own anchor"
+        ) from None
     if not isinstance(values, dict):
         found = "empty" if values is None else f"a {type(values).__name__}"
         raise InputError(
@@ -105,7 +109,9 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError:
         raise InputError("this is not a text file", where=str(path), fix="give a YAML file (UTF-8)") from None
     except OSError as error:
-        raise InputError(f"the config cannot be read: {error.strerror}", where=str(path), fix="check its rights") from None
+        raise InputError(
+            f"the config cannot be read: {error.strerror}", where=str(path), fix="check its rights"
+        ) from None
 
 
 def _missing_file(source: str, path: Path) -> InputError:

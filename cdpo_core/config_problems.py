@@ -92,9 +92,7 @@ def fields_of(location: Location) -> list[str]:
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 
-def _describe(
-    entry: ErrorDetails, where: str, lines: LineNumbers, overrides: Collection[str]
-) -> tuple[str, str, str]:
+def _describe(entry: ErrorDetails, where: str, lines: LineNumbers, overrides: Collection[str]) -> tuple[str, str, str]:
     """What was wrong, where, and what to do, of one complaint."""
     location = entry["loc"]
     path = ".".join(map(str, location))

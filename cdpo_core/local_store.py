@@ -149,14 +149,13 @@ class ObjectFolder:
             for name, target in links.items():
                 (new / name).parent.mkdir(parents=True, exist_ok=True)
                 (new / name).symlink_to(target)
-            with suppress(FileNotFoundError):
-                folder.rename(old)
-            try:
+            with suppress(OSError):
                 new.rename(folder)
-            except OSError:
-                # Another process may have made the same view in between.
-                if _links(folder) != links:
-                    raise
+            # A right view is never moved away: another process may have just made it, and be reading.
+            if _links(folder) != links:
+                with suppress(FileNotFoundError):
+                    folder.rename(old)
+                new.rename(folder)
 
 
 class LocalStore:

@@ -26,17 +26,24 @@ if TYPE_CHECKING:
 DONE, FAILED, BAD_INPUT, NOT_CERTIFIED, INTERRUPTED = 0, 1, 2, 3, 130
 
 EXAMPLES = """\
-Examples
-  cdpo run testbed                          from nothing to a certified policy (4 minutes on 2 cores)
-  cdpo run testbed --limit -1 --seed 1      another limit, another seed; what is unchanged is not computed again
+Examples:
+  cdpo run testbed              from nothing to a certified policy in minutes
+  cdpo run testbed --limit -1   another limit; what is unchanged is kept
   cdpo run my.yaml --data.source pairs.jsonl --dpo.beta 0.1 --json result.json
-  cdpo sweep testbed --limits -1.2,-0.8,-0.5,-0.2
-  cdpo check-data pairs.jsonl               what is in a data set, before anything is computed
-  cdpo up                                   Prefect and MLflow in the browser, with deployments to start
+  cdpo sweep testbed --limits -0.9,-0.7,-0.5,-0.3
+  cdpo check-data pairs.jsonl   what a data set holds
+  cdpo up                       Prefect and MLflow in the browser
 
-CONFIG is a YAML file or the name of a shipped preset. Any field of it can be set as --SECTION.FIELD VALUE;
---debug adds the traceback to an error. Ctrl-C or a crash loses little: the same command continues.
-Exit codes: 0 done, 1 failure, 2 bad input, 3 finished without a certified policy."""
+CONFIG is a YAML file or the name of a shipped preset.
+Any of its fields can be set: --dpo.beta 0.25, --constraints.0.limit -1.
+--debug adds the traceback to an error.
+After Ctrl-C or a crash the same command continues; nothing finished is lost.
+Exit codes: 0 done, 1 failure, 2 bad input, 3 no certified policy."""
+
+FIELDS = """\
+Any field of the config can be set, for example:
+  --dpo.beta 0.25 --constraints.0.limit -1 --data.source pairs.jsonl
+--debug adds the traceback to an error."""
 
 Config = Annotated[str, Parameter(help="YAML file, or the name of a shipped preset (testbed, tiny, …).")]
 Json = Annotated[Path | None, Parameter(name="--json", help="Write the result to this file.", metavar="FILE")]
@@ -59,7 +66,7 @@ app = App(
 )
 
 
-@app.command(sort_key=1)
+@app.command(sort_key=1, help_epilogue=FIELDS)
 def run(
     config: Config,
     /,
@@ -71,7 +78,10 @@ def run(
     json: Json = None,
     overrides: Overrides = None,
 ) -> int:
-    """Run one experiment: data, models, rounds, certificate, evaluation. Continues where a former run ended."""
+    """Run one experiment, from data to a certified policy.
+
+    What a former run finished is not computed again: the same command continues a run that was stopped.
+    """
     given = {**(overrides or {}), **_shortcuts(limit, seed, store, name)}
     experiment = _load(config, given, json)
     log_file = _quiet("run")
@@ -90,7 +100,7 @@ def run(
     return DONE if result["status"] == "certified" else NOT_CERTIFIED
 
 
-@app.command(sort_key=2)
+@app.command(sort_key=2, help_epilogue=FIELDS)
 def plan(
     config: Config,
     /,
@@ -101,7 +111,10 @@ def plan(
     json: Json = None,
     overrides: Overrides = None,
 ) -> int:
-    """Show what a run would do: which stages are there already, which it would compute, the planned margin."""
+    """Show what a run would compute, and its margin.
+
+    Lists the stages with what is there already, a rough time, and the margin that training keeps from the limit.
+    """
     given = {**(overrides or {}), **_shortcuts(limit, seed, store)}
     experiment = _load(config, given, json)
     _quiet("plan")
@@ -115,7 +128,7 @@ def plan(
     return DONE
 
 
-@app.command(sort_key=3)
+@app.command(sort_key=3, help_epilogue=FIELDS)
 def sweep(
     config: Config,
     /,
@@ -126,14 +139,22 @@ def sweep(
     seeds: Annotated[str, Parameter(help="One sweep for each of these seeds: 0,1,2.", metavar="N,N,N")] = "",
     set_: Annotated[
         list[str] | None,
-        Parameter(name="--set", help="One sweep for each of these values: dpo.beta=0.25,0.5.", metavar="FIELD=A,B"),
+        Parameter(
+            name="--set",
+            negative="",
+            help="One sweep for each of these values: dpo.beta=0.25,0.5.",
+            metavar="FIELD=A,B",
+        ),
     ] = None,
     store: StoreUri = None,
     name: Name = None,
     json: Json = None,
     overrides: Overrides = None,
 ) -> int:
-    """Run one experiment for each limit; stages they share are computed once. Shows reward over cost."""
+    """Run one experiment for each of several limits.
+
+    Stages they share are computed once; the result is the frontier of reward over cost.
+    """
     from flows.grid import grid, parse_limits
 
     numbers = parse_limits(limits)
@@ -161,9 +182,11 @@ def sweep(
     return DONE if all(result["chosen"] for result in results) else NOT_CERTIFIED
 
 
-@app.command(name="check-data", sort_key=4)
-def check_data(file: Annotated[str, Parameter(help="File, folder or hub id.")], /, *, overrides: Overrides = None) -> int:
-    """Check a data set and show what is in it: rows, labels, what would be quarantined."""
+@app.command(name="check-data", sort_key=4, help_epilogue=FIELDS)
+def check_data(
+    file: Annotated[str, Parameter(help="File, folder or hub id.")], /, *, overrides: Overrides = None
+) -> int:
+    """Check a data set and show what it holds."""
     experiment = _load("", {**(overrides or {}), "data.source": file})
     from cdpo_core.data.prepare import check_source
 
@@ -172,7 +195,7 @@ def check_data(file: Annotated[str, Parameter(help="File, folder or hub id.")], 
     return DONE
 
 
-@app.command(sort_key=5)
+@app.command(sort_key=5, help_epilogue="")
 def export(
     ref: Annotated[str, Parameter(help="The policy's reference, as `cdpo run` prints it.")],
     folder: Annotated[Path, Parameter(name="DIR", help="Folder to make.")],
@@ -180,7 +203,7 @@ def export(
     *,
     store: StoreUri = None,
 ) -> int:
-    """Write a policy as a Hugging Face folder with a model card that carries its certificate."""
+    """Write a policy as a Hugging Face folder with a model card."""
     from flows.export import export_policy
 
     result = export_policy(ref, folder, store or "")
@@ -189,7 +212,7 @@ def export(
     return DONE
 
 
-@app.command(sort_key=6)
+@app.command(sort_key=6, help_epilogue="")
 def sample(
     policy: Annotated[str, Parameter(help="A policy's reference, or a Hugging Face folder or hub id.")],
     *prompts: Annotated[str, Parameter(help="Prompts to answer.")],
@@ -216,21 +239,26 @@ def sample(
     return DONE
 
 
-@app.command(sort_key=7)
+@app.command(sort_key=7, help_epilogue="")
 def up(
     *,
     prefect_port: Annotated[int, Parameter(help="Port of the Prefect server.", metavar="PORT")] = 4200,
     mlflow_port: Annotated[int, Parameter(help="Port of the MLflow server.", metavar="PORT")] = 5000,
 ) -> int:
-    """Start the Prefect server, the MLflow server, the deployments and a worker; Ctrl-C ends them all."""
+    """Start Prefect, MLflow and a worker on this machine.
+
+    The Prefect server gets the deployments; the URLs are printed when all is ready; Ctrl-C ends all of it.
+    """
     from flows.up import serve
 
     return serve(prefect_port, mlflow_port)
 
 
-@app.command(sort_key=8)
-def doctor(config: Annotated[str, Parameter(help="YAML file or preset.")] = "testbed", *, overrides: Overrides = None) -> int:
-    """Look at what is installed, reachable and writable, and say what to do about what is not."""
+@app.command(sort_key=8, help_epilogue="")
+def doctor(
+    config: Annotated[str, Parameter(help="YAML file or preset.")] = "testbed", *, overrides: Overrides = None
+) -> int:
+    """Look at what is installed, reachable, writable."""
     from flows.doctor import examine
 
     findings = examine(_load(config, overrides or {}))
@@ -252,7 +280,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command, bound, left = app.parse_args(tokens, exit_on_error=False, print_error=False)
         return _call(command, bound.args, bound.kwargs, overrides, takes_overrides="overrides" in left)
     except CycloptsError as error:
-        fix = f"cdpo {tokens[0]} --help" if tokens and not tokens[0].startswith("-") else "cdpo --help"
+        known = tokens and tokens[0] in list(app)
+        fix = f"cdpo {tokens[0]} --help" if known else "cdpo --help"
         return print_error(InputError(str(error).rstrip("."), where="command line", fix=fix), debug=debug)
     except KeyboardInterrupt:
         print("\ninterrupted: what is finished is kept, and the same command continues from there", file=sys.stderr)
@@ -289,7 +318,9 @@ def _load(config: str, overrides: Mapping[str, str], json: Path | None = None) -
     from cdpo_core.config_loading import load_config
 
     if json is not None and (json.is_dir() or not json.absolute().parent.is_dir()):
-        raise InputError("the result cannot be written there", where=f"--json {json}", fix="name a file in a folder there is")
+        raise InputError(
+            "the result cannot be written there", where=f"--json {json}", fix="name a file in a folder there is"
+        )
     return load_config(config, overrides)
 
 

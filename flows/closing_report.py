@@ -30,7 +30,9 @@ def print_result(result: Record, console: Console) -> None:
 
 def print_sweep(result: Record, console: Console) -> None:
     """The frontier as a table, and which limit's policy was chosen."""
-    table = _table(f"Sweep over {len(result['frontier'])} limits", "limit", "status", "λ", "reward", "cost", "true cost")
+    table = _table(
+        f"Sweep over {len(result['frontier'])} limits", "limit", "status", "λ", "reward", "cost", "true cost"
+    )
     for point in result["frontier"]:
         table.add_row(
             _number(point.get("limit"), "+.3g"),
@@ -45,11 +47,13 @@ def print_sweep(result: Record, console: Console) -> None:
     chosen = result.get("chosen")
     if chosen:
         reference = _reference(chosen.get("policy"))
-        _print(console, "", f"Chosen: the policy of limit {chosen['limit']:g}.")
+        _print(
+            console, "", f"Chosen: the policy of limit {chosen['limit']:g}, certified for the choice among all limits."
+        )
         if reference:
             _print(console, f"  Use it   cdpo export {reference} DIR")
     else:
-        _print(console, "", "No limit of this sweep led to a certified policy.")
+        _print(console, "", "No policy is certified when the error probability is split over all limits.")
     _print(console, *_tracking(result))
 
 
@@ -120,17 +124,20 @@ def _truth(result: Record) -> list[str]:
     oracle = result.get("oracle")
     if not oracle:
         return []
-    optimum = (
-        f"the best policy there is: reward {_number(oracle.get('optimal_reward'))}, "
-        f"cost {_number(oracle.get('optimal_cost'))} at λ = {_lambda(oracle.get('optimal_lambda'))}"
+    best = (
+        f"  the exact optimum: reward {_number(oracle.get('optimal_reward'))}, cost "
+        f"{_number(oracle.get('optimal_cost'))} at λ = {_lambda(oracle.get('optimal_lambda'))}"
     )
     if oracle.get("captured") is None:
-        return [f"Truth: {optimum}"]
+        return ["Truth, which only the testbed knows:", best]
     return [
-        f"Truth: {oracle['captured']:.3f} of the possible gain captured (ceiling {_number(oracle.get('captured_ceiling'))}"
-        f" with a certificate, {_number(oracle.get('scorer_ceiling'))} with these scorers)",
-        f"       reward {_number(oracle['true_reward'])}, cost {_number(oracle['true_cost'])} against the limit "
-        f"{result['constraints'][0]['limit']:g}; {optimum}",
+        "Truth, which only the testbed knows:",
+        f"  the policy: reward {_number(oracle['true_reward'])}, cost {_number(oracle['true_cost'])} "
+        f"(limit {result['constraints'][0]['limit']:g}), {_number(oracle.get('support_mass'), '.1%')} on the grammar",
+        best,
+        f"  captured {oracle['captured']:.3f} of the possible gain; a certified policy could reach "
+        f"{_number(oracle.get('captured_ceiling'), '.3f')}, one with these scorers "
+        f"{_number(oracle.get('scorer_ceiling'), '.3f')}",
     ]
 
 

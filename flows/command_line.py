@@ -63,7 +63,9 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
         Path(stream.name).chmod(0o666 & ~mask)
         Path(stream.name).replace(path)
     except OSError as error:
-        raise InputError(f"the result cannot be written: {error.strerror}", where=str(path), fix="name another file") from error
+        raise InputError(
+            f"the result cannot be written: {error.strerror}", where=str(path), fix="name another file"
+        ) from error
 
 
 def default_to_nothing() -> int:

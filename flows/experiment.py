@@ -95,12 +95,17 @@ def run_experiment(config: ExperimentConfig, *, progress: Progress | None = None
     """Run one experiment here, in this process; returns its result record (DESIGN: Result)."""
     if progress is not None:
         report_progress_to(progress)
-    home = os.environ.get("PREFECT_HOME")
-    if home:
-        Path(home).mkdir(parents=True, exist_ok=True)
+    make_prefect_home()
     state = experiment(**sections(config), return_state=True)
     result: dict[str, Any] = state.result()
     return result
+
+
+def make_prefect_home() -> None:
+    """Make Prefect's home where it is missing: its temporary server does not start without."""
+    home = os.environ.get("PREFECT_HOME")
+    if home:
+        Path(home).mkdir(parents=True, exist_ok=True)
 
 
 def sections(config: ExperimentConfig) -> dict[str, Any]:

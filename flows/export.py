@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -75,15 +76,20 @@ def export_policy(reference: str, folder: Path, store_uri: str = "") -> dict[str
                 folder.rmdir()
             whole.rename(folder)
     except OSError as error:
-        raise InputError(f"the folder cannot be written: {error.strerror}", where=str(folder), fix="name another") from error
+        raise InputError(
+            f"the folder cannot be written: {error.strerror}", where=str(folder), fix="name another"
+        ) from error
     return result
 
 
 def result_of(store: Store, manifest: Manifest) -> dict[str, Any] | None:
-    """The record of the run that returned this policy; a certified one before others."""
+    """The record of a run that returned this policy, from the store or this machine's reports; certified first."""
+    from tasks.environment import cdpo_home
+
     results = [store.get_record(name) for name in store.record_names(RECORDS)]
-    mine = [result for result in results if result and (result.get("policy") or {}).get("digest") == manifest.digest]
-    return min(mine, key=lambda result: result["status"] != "certified", default=None)
+    results += [json.loads(path.read_text()) for path in sorted(cdpo_home().glob("reports/*/result.json"))]
+    mine = [item for item in results if item and (item.get("policy") or {}).get("digest") == manifest.digest]
+    return min(mine, key=lambda item: item["status"] != "certified", default=None)
 
 
 def model_card(manifest: Manifest, result: Mapping[str, Any] | None) -> str:
@@ -121,7 +127,9 @@ def _certificates(result: Mapping[str, Any]) -> str:
             f"{'yes' if certificate['passed'] else 'no'} |"
         )
     spent = (result.get("certificate") or {}).get("spent")
-    note = "It bounds the *cost model's* mean cost on prompts like the held-out ones; the cost model itself can be wrong."
+    note = (
+        "It bounds the *cost model's* mean cost on prompts like the held-out ones; the cost model itself can be wrong."
+    )
     if spent:
         note += f" Tests these prompts have been spent on: {spent}."
     return "\n".join(lines) + f"\n\n{note}"

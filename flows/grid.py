@@ -22,7 +22,9 @@ def parse_limits(text: str) -> list[float]:
         try:
             limits.append(float(entry))
         except ValueError:
-            raise InputError(f"{entry!r} is not a number", where="--limits", fix="for example --limits -1,-0.5,0") from None
+            raise InputError(
+                f"{entry!r} is not a number", where="--limits", fix="for example --limits -1,-0.5,0"
+            ) from None
     if not all(map(math.isfinite, limits)):
         raise InputError("a limit must be a finite number", where="--limits", fix="for example --limits -1,-0.5,0")
     if len(set(limits)) < len(limits):

@@ -31,7 +31,9 @@ def print_plan(plan: Mapping[str, Any], config: ExperimentConfig, console: Conso
     console.print(table)
     ahead = [stage.get("estimate") for stage in plan["stages"] if not stage["cached"]]
     seconds = sum(value for value in ahead if isinstance(value, (int, float)))
-    lines = [f"{len(ahead)} of {len(plan['stages'])} stages to compute" + (f", about {seconds:.0f} s" if seconds else "")]
+    lines = [
+        f"{len(ahead)} of {len(plan['stages'])} stages to compute" + (f", about {seconds:.0f} s" if seconds else "")
+    ]
     if plan.get("memory"):
         lines.append(f"memory: about {plan['memory']}")
     limits = ", ".join(f"{item.name} ≤ {item.limit:g}" for item in config.constraints)

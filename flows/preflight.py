@@ -7,7 +7,6 @@ from pathlib import Path
 from cdpo_core.config import ConstraintConfig, ExperimentConfig
 from cdpo_core.errors import InputError
 from tasks.environment import cdpo_home
-from tasks.external import is_path
 from tasks.preference_models import RESERVED_BASES
 from tasks.tracking import Tracker
 from tasks.workbench import store_of
@@ -28,7 +27,7 @@ def check_before_run(config: ExperimentConfig) -> None:
 
 
 def _check_bases(config: ExperimentConfig) -> None:
-    from cdpo_core.models.checkpoints import check_model_folder
+    from cdpo_core.models.checkpoints import check_model_folder, is_local
 
     if not config.reward.train and config.reward.base in RESERVED_BASES and not config.oracle_scorers:
         raise _untrained("reward", config.reward.base)
@@ -37,7 +36,7 @@ def _check_bases(config: ExperimentConfig) -> None:
     bases = {"policy.base": config.policy.base, "reward.base": config.reward.base}
     bases |= {f"constraints.{at}.base": item.base for at, item in enumerate(config.constraints)}
     for field, base in bases.items():
-        if base not in (*RESERVED_BASES, "reward") and is_path(base):
+        if base not in (*RESERVED_BASES, "reward") and is_local(base):
             try:
                 check_model_folder(Path(base).expanduser())
             except InputError as error:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -183,16 +184,9 @@ def log_to_file(folder: Path, command: str) -> Path:
     Raises:
         InputError: the folder cannot be written.
     """
+    make_log_folder(folder)
     path = folder / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        to_file = logging.FileHandler(path, encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"the state folder cannot be written: {error.strerror}",
-            where=str(folder),
-            fix="give another folder in CDPO_HOME, or correct its rights",
-        ) from error
+    to_file = logging.FileHandler(path, encoding="utf-8")
     # Prefect configures logging when it is imported, so what it set up can be taken away only afterwards.
     import prefect  # noqa: F401
 
@@ -209,6 +203,24 @@ def log_to_file(folder: Path, command: str) -> Path:
         logging.getLogger(name).setLevel(logging.INFO)
         logging.getLogger(name).addHandler(_WarningLines())
     return path
+
+
+def make_log_folder(folder: Path) -> None:
+    """Make the folder of the logs, the first thing that is written under CDPO_HOME.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"the state folder cannot be written: {error.strerror}",
+            where=str(folder),
+            fix="give another folder in CDPO_HOME, or correct its rights",
+        ) from error
 
 
 def _open_log() -> str:

@@ -13,9 +13,10 @@ import numpy as np
 from cdpo_core.dual.ascent import DualSettings, Round
 from cdpo_core.dual.certificate import expected_half_width, planned_margin
 from cdpo_core.dual.offline import OfflineDual
-from cdpo_core.evaluation.measure import Measured, join_scores
+from cdpo_core.evaluation.measure import Measured
 from cdpo_core.evaluation.metrics import Candidate, paired_mean, select_round, within_prompt_covariance
 from tasks.records import Prepared, Scored
+from tasks.rounds import measured_from
 from tasks.workbench import Workbench
 
 CURVE_POINTS = 60
@@ -63,8 +64,7 @@ def plan_dual(bench: Workbench, scored: Scored) -> OfflinePlan:
 
 def offline_dual(bench: Workbench, scored: Scored) -> OfflineDual:
     """The dual on the reference's scored responses to the policy prompts: [P, K] rewards, [P, K, m] costs."""
-    responses, scores = bench.table(scored.responses, "responses"), bench.table(scored.scores, "scores")
-    table = join_scores(responses, scores).table
+    table = measured_from(bench, scored.responses, scored.scores).table
     samples = int(table["sample"].max()) + 1
     reward = table["reward"].to_numpy(float).reshape(-1, samples)
     costs = np.stack([table[f"cost_{name}"].to_numpy(float).reshape(-1, samples) for name in bench.names], axis=-1)
@@ -103,7 +103,7 @@ def _reach_warning(names: list[str], dual: OfflineDual, limits: np.ndarray, solv
 def dual_round(bench: Workbench, prepared: Prepared, scored: Scored, measured: Measured, lambda_: tuple[float, ...]) -> Round:
     """A trained round as the dual sees it: costs on the selection prompts, paired with the reference's there."""
     names = bench.names
-    pool = join_scores(bench.table(prepared.pool_responses, "responses"), bench.table(scored.pool_scores, "scores"))
+    pool = measured_from(bench, prepared.pool_responses, scored.pool_scores)
     here, reference = measured.prompt_costs(names), pool.prompt_costs(names)
     splits = bench.table(scored.splits, "splits")
     # The certificate's prompts must not have a say in where lambda goes.

@@ -32,27 +32,30 @@ class Certified:
         return all(item.passed for item in self.certificates)
 
     def record(self, index: int = 0) -> dict[str, Any]:
-        """The certificate of one constraint as the result states it."""
-        return {**asdict(self.certificates[index]), "spent": self.spent}
+        """The certificate of one constraint as the result states it, with the scored responses it rests on."""
+        evidence = [source.model_dump() for source in self.measured.sources]
+        return {**asdict(self.certificates[index]), "spent": self.spent, "evidence": evidence}
 
 
 def certify_policy(bench: Workbench, prepared: Prepared, scored: Scored, policy: ArtifactRef) -> Certified:
     """Test the policy on the certificate prompts, and enter the test in the ledger first."""
     config = bench.config
-    spent = spend(bench.store, scored.splits, policy, [item.limit for item in config.constraints])
+    limits = [item.limit for item in config.constraints]
+    spent = spend(bench.store, scored.splits, policy, limits)
     samples = config.sampling.certificate
     measured = measure_policy(bench, prepared, scored, policy, "certificate", samples, "certificate")
-    return Certified(certificates_of(bench, measured, config.certificate.delta), measured, spent)
+    return Certified(certificates_of(bench, measured, limits, config.certificate.delta), measured, spent)
 
 
-def certificates_of(bench: Workbench, measured: Measured, delta: float) -> list[Certificate]:
-    """The certificates the measured costs earn at error probability delta."""
+def certificates_of(
+    bench: Workbench, measured: Measured, limits: Sequence[float], delta: float
+) -> list[Certificate]:
+    """The certificates the measured costs earn against the limits [m] at error probability delta."""
     rules = bench.config.certificate
     costs = measured.prompt_costs(bench.names)
-    clip = {"low": rules.cost_low, "high": rules.cost_high}
     return [
-        certify(costs[item.name].to_numpy(), item.limit, delta, rules.method, **clip)
-        for item in bench.config.constraints
+        certify(costs[name].to_numpy(), limit, delta, rules.method, low=rules.cost_low, high=rules.cost_high)
+        for name, limit in zip(bench.names, limits, strict=True)
     ]
 
 

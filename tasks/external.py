@@ -1,40 +1,21 @@
-"""What comes from outside: data files and models, referred to by content or by resolved revision."""
+"""Models from outside as input artifacts: folders by content, hub models by resolved revision."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from cdpo_core.artifacts import ArtifactRef, external_ref
-from cdpo_core.errors import InputError
-
-PATH_STARTS = ("/", ".", "~")
-
-
-def is_path(source: str) -> bool:
-    """Whether a model is named by a path: one that exists, or one that looks like one."""
-    return source.startswith(PATH_STARTS) or Path(source).expanduser().exists()
 
 
 def external_model(base: str, revision: str = "") -> ArtifactRef:
     """A model folder by its content, or a hub model by its resolved revision.
 
     Raises:
-        InputError: the folder is not a model, or the hub cannot be reached.
+        InputError: the folder is no model, or the hub has none or cannot be reached.
     """
-    if is_path(base):
-        from cdpo_core.models.policy import check_model_folder
+    from cdpo_core.models.checkpoints import check_model_folder, is_local, local_folder
 
-        check_model_folder(Path(base).expanduser())
-        return external_ref(base)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        folder = snapshot_download(base, revision=revision or None, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.msgpack"])
-    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError, ValueError) as error:
-        raise InputError(
-            f"the model {base!r} is neither a folder here nor a hub id that can be reached",
-            where=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
-            fix="give a local folder in the Hugging Face format, or check the id and the network",
-        ) from error
-    return ArtifactRef(uri=folder, digest=f"{base}@{Path(folder).name}", kind="external")
+    folder = local_folder(base, revision)
+    check_model_folder(folder)
+    if is_local(base):
+        return external_ref(folder)
+    # A snapshot's folder is named by its commit, which names its content.
+    return ArtifactRef(uri=str(folder), digest=f"{base}@{folder.name}", kind="external")

@@ -70,7 +70,7 @@ class Journal:
         Args:
             folder: report files (PNG, JSON) to attach.
         """
-        ended = max(timestamp_ms(stage.created) for stage in self.bench.results)
+        ended = self.ended_ms()
         self.tracker.log_points(self.run_id, result_points(result, ended))
         self.tracker.set_tags(self.run_id, result_tags(result))
         for file in sorted(folder.iterdir()):
@@ -84,6 +84,10 @@ class Journal:
         self._register(result)
         show_markdown(f"verdict-{self.key}", verdict_markdown(result), result["status"].replace("_", " "))
         self.tracker.finish(self.run_id, "FINISHED", ended)
+
+    def ended_ms(self) -> int:
+        """When the newest artifact of the experiment was computed, milliseconds since 1970."""
+        return max(timestamp_ms(done.created) for done in self.bench.results)
 
     def failed(self) -> None:
         """The run ended by an error; a later run continues it."""

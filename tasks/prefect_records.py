@@ -199,12 +199,12 @@ def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, rule, *rows))
 
 
-def _mermaid_lines(title: str, at: Sequence[int], lines: Sequence[Sequence[float | None]]) -> str:
-    drawn = [[0.0 if value is None else float(value) for value in line] for line in lines]
-    low, high = min(map(min, drawn)), max(map(max, drawn))
+def _mermaid_lines(title: str, at: Sequence[int], lines: Sequence[Sequence[float]]) -> str:
+    low, high = min(map(min, lines)), max(map(max, lines))
     room = 0.1 * (high - low) or 0.5
-    body = "\n".join(f"  line [{', '.join(f'{value:.4g}' for value in line)}]" for line in drawn)
-    axis = f'  x-axis "round" [{", ".join(map(str, at))}]\n  y-axis {low - room:.4g} --> {high + room:.4g}'
+    # Mermaid reads no exponents.
+    body = "\n".join(f"  line [{', '.join(f'{value:.4f}' for value in line)}]" for line in lines)
+    axis = f'  x-axis "round" [{", ".join(map(str, at))}]\n  y-axis {low - room:.4f} --> {high + room:.4f}'
     return f'```mermaid\nxychart-beta\n  title "{title}"\n{axis}\n{body}\n```'
 
 

@@ -80,6 +80,7 @@ def experiment_result(
         "tracking": {"run_id": run_id, "uri": journal.tracker.uri, "url": journal.tracker.run_url(run_id)},
         "store": bench.store.uri,
         "seed": bench.config.seed,
+        "ended_ms": journal.ended_ms(),
         "versions": library_versions(),
     }
     return {**result, "verdict": verdict(result)}

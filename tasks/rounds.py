@@ -22,6 +22,7 @@ def train_policy(
 ) -> ArtifactRef:
     """DPO on preferences re-decided at lambda, from the reference or from the previous round's policy."""
     inputs = {
+        "data": prepared.data,
         "reference": prepared.reference,
         "responses": scored.responses,
         "scores": scored.scores,
@@ -41,4 +42,10 @@ def measure_policy(
         bench, policy, prepared.data, split, samples, f"{label}: responses", scored.splits, prepared.reference
     )
     scores = score(bench, prepared.data, responses, scored.scorers, f"{label}: scores")
-    return join_scores(bench.table(responses, "responses"), bench.table(scores, "scores"))
+    return measured_from(bench, responses, scores)
+
+
+def measured_from(bench: Workbench, responses: ArtifactRef, scores: ArtifactRef) -> Measured:
+    """Stored responses with their stored scores."""
+    tables = bench.table(responses, "responses"), bench.table(scores, "scores")
+    return join_scores(*tables, sources=(responses, scores))

@@ -92,7 +92,7 @@ def transfer_settings() -> TransferConfig:
 
 def error_code(error: Exception) -> str:
     """The S3 error code of an answer, "" for anything else."""
-    return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
+    return str(error.response.get("Error", {}).get("Code", "")) if isinstance(error, boto_errors.ClientError) else ""
 
 
 def may_pass(error: Exception) -> bool:

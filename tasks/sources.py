@@ -15,4 +15,4 @@ def source_ref(data: DataConfig) -> ArtifactRef:
     from cdpo_core.data.sources import source_path
 
     path, digest = source_path(data)
-    return ArtifactRef(uri=str(path), digest=digest, kind="external")
+    return ArtifactRef(uri=str(path), digest=f"data-{digest}", kind="external")

@@ -81,7 +81,7 @@ class Workbench:
     def external_digests(self) -> dict[str, str]:
         """Digests of the external inputs by name, which with the config make the experiment's identity."""
         if not self.externals and not self.config.on_testbed:
-            self.externals["source"] = source_ref(self.config.data).digest
+            self.externals["data.source"] = source_ref(self.config.data).digest
         return self.externals
 
     @property

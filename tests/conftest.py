@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
 from servers_mlflow import _empty_mlflow_database, mlflow_home, mlflow_server
 from servers_prefect import prefect_server
 from servers_s3 import s3_endpoint, s3_uri
 
 __all__ = ["_empty_mlflow_database", "mlflow_home", "mlflow_server", "prefect_server", "s3_endpoint", "s3_uri"]
+
+SERVERS = {"mlflow_server", "prefect_server"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that needs a real server is slow."""
+    for item in items:
+        if SERVERS.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def one(lambda_: float, cost: float, half_width: float = 0.1, hessian: float = 2
 
 @pytest.mark.parametrize(
     ("value", "rounded"),
-    [(0.0, 0.0), (-1.0, 0.0), (0.00123, 0.001), (0.0004, 0.0), (0.12345, 0.123), (1.2355, 1.24), (12.345, 12.3), (25, 20)],
+    [(0.0, 0.0), (-1.0, 0.0), (0.00123, 0.001), (0.0004, 0.0), (0.12345, 0.123), (1.2355, 1.24), (25, 20)],
 )
 def test_rounding(value: float, rounded: float) -> None:
     assert round_lambda(value, 20.0) == rounded
@@ -96,10 +97,20 @@ def test_first_round_is_the_given_multiplier_rounded() -> None:
     assert next_step([], settings((-1.0,)), (99.0,)).lambda_ == (20.0,)
 
 
-@pytest.mark.parametrize(("cost", "direction"), [(-0.5, 1), (-1.5, -1)])
-def test_newton_moves_by_violation_over_curvature(cost: float, direction: int) -> None:
-    step = next_step([one(1.0, cost)], settings((-1.0,)), (1.0,))
-    assert step.lambda_ == (pytest.approx(1.0 + direction * 0.25),)
+@pytest.mark.parametrize(
+    ("done", "next_lambda"),
+    [
+        (one(1.0, -0.5), 1.25),
+        (one(1.0, -1.5), 0.779),  # exp(-0.5 / 2)
+        (one(0.0, -0.5), 0.25),
+        (one(0.0, 99.0), 1.25),  # the model is trusted up to lambda_max / 16
+        (one(1.0, 99.0), 4.0),
+        (one(10.0, -99.0), 2.5),
+        (one(0.1, -2.0), 0.0),
+    ],
+)
+def test_newton_moves_by_violation_over_curvature(done: Round, next_lambda: float) -> None:
+    assert next_step([done], settings((-1.0,)), (1.0,)).lambda_ == (next_lambda,)
 
 
 def test_ascent_is_the_projected_step() -> None:
@@ -123,14 +134,23 @@ def test_bracket_moves_only_beyond_the_half_width() -> None:
     assert bracket([one(1.0, -0.8), one(2.0, -1.3), one(3.0, 0.0)], how) == (2.0, 2.0)
 
 
-def test_a_step_out_of_the_bracket_bisects() -> None:
-    history = [one(1.0, -0.5, hessian=0.01), one(4.0, -1.4, hessian=0.001)]
-    assert next_step(history, settings((-1.0,)), (1.0,)).lambda_ == (2.0,)
+@pytest.mark.parametrize(
+    ("left", "right", "next_lambda"),
+    [
+        (one(1.0, -0.5), one(4.0, -1.5), 2.0),
+        (one(1.0, -0.5, hessian=0.001), one(4.0, -1.3), 2.38),
+        (one(0.0, -0.3, hessian=0.001), one(4.0, -1.5, hessian=0.001), 1.0),  # Newton from the right, inside
+        (one(0.0, -0.6, hessian=0.01), one(1.0, -1.4, hessian=0.001), 0.5),  # no Newton step stays inside
+    ],
+)
+def test_two_rounds_that_enclose_the_target(left: Round, right: Round, next_lambda: float) -> None:
+    assert next_step([left, right], settings((-1.0,)), (1.0,)).lambda_ == (next_lambda,)
+    assert next_step([right, left], settings((-1.0,)), (1.0,)).lambda_ == (next_lambda,)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
-@pytest.mark.parametrize("shift", [0.6, 1.0, 1.6])
-def test_newton_meets_the_target_in_few_rounds(share: float, shift: float) -> None:
+@pytest.mark.parametrize(("shift", "median"), [(0.6, 3), (0.8, 2), (1.0, 1), (1.25, 3), (1.6, 4)])
+def test_newton_meets_the_target_in_few_rounds(share: float, shift: float, median: int) -> None:
     lengths = []
     for seed in range(12):
         world = World(seed)
@@ -143,10 +163,11 @@ def test_newton_meets_the_target_in_few_rounds(share: float, shift: float) -> No
         assert abs(history[-1].cost[0] - target) < 0.3
         spans = [bracket(history[:k], how) for k in range(len(history) + 1)]
         assert all(low <= round_.lambda_[0] <= high for (low, high), round_ in zip(spans, history, strict=False))
-        assert all(a[0] <= b[0] and b[1] <= a[1] for a, b in zip(spans, spans[1:], strict=False))
-        signs = np.sign([round_.cost[0] - target for round_ in history])
+        assert all(a[0] <= b[0] and b[1] <= a[1] for a, b in itertools.pairwise(spans))
+        misses = np.array([round_.cost[0] - target for round_ in history])
+        signs = np.sign(misses[np.abs(misses) > 2 * world.noise])
         assert (np.diff(signs) != 0).sum() <= 2
-    assert np.median(lengths) <= (1 if shift == 1.0 else 3)
+    assert np.median(lengths) <= median
     assert max(lengths) <= 5
 
 
@@ -228,10 +249,10 @@ def test_two_binding_costs() -> None:
     [
         ([Round((1.0, 1.0), (0.0,), (0.1,), ((1.0,),))], {}),
         ([one(1.0, float("nan"))], {}),
-        ([], {"target": (-1.0, 0.0)}),
+        ([], {"limit": (-1.0, 0.0)}),
         ([], {"limit": (-2.0,)}),
     ],
 )
 def test_inconsistent_records_are_refused(history: list[Round], changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"size|finite|above"):
-        next_step(history, settings((-1.0,)) if not changes else dataclasses.replace(settings((-1.0,)), **changes), (1.0,))  # type: ignore[arg-type]
+        next_step(history, settings((-1.0,), **{"limit": (-0.75,), **changes}), (1.0,))

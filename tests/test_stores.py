@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Barrier
-from typing import Any
 
 import boto3
 import pytest
+from store_kit import artifact, contents
 
-from cdpo_core.artifacts import Manifest, Store, files_digest, folder_files
-from cdpo_core.errors import CorruptArtifact, InputError, StoreUnavailable
+from cdpo_core.artifacts import Manifest, Store, files_digest
+from cdpo_core.errors import CorruptArtifact, InputError
 from cdpo_core.local_store import LocalStore
-from tasks import s3_connection, s3_store
-from tasks.s3_store import S3Store
 from tasks.storage import open_store
 
 
@@ -77,21 +73,6 @@ def bucket_backend(uri: str, tmp_path: Path) -> Backend:
         names,
         anew,
     )
-
-
-def artifact(folder: Path, key: str = "k" * 8, **files: str) -> tuple[Path, Manifest]:
-    """A folder of files (`__` in a name is a `/`) and its manifest."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (files or {"a.txt": "alpha", "deep__b.txt": "beta"}).items():
-        path = folder / name.replace("__", "/")
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(content)
-    entries = folder_files(folder)
-    return folder, Manifest(stage="sft", key=key, kind="policy", digest=files_digest(entries), files=entries)
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {p.relative_to(folder).as_posix(): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_what_is_published_is_found_checked_and_fetched(backend: Backend, tmp_path: Path) -> None:
@@ -258,204 +239,6 @@ def test_names_and_contents_of_records_are_checked(backend: Backend) -> None:
 def test_a_probe_of_a_good_store_leaves_nothing(backend: Backend) -> None:
     backend.store.probe()
     assert backend.names("") == []
-
-
-# Folder stores
-
-
-def test_two_fetches_share_a_view_and_a_damaged_view_is_made_again(tmp_path: Path) -> None:
-    store = LocalStore(tmp_path / "store")
-    folder, manifest = artifact(tmp_path / "out")
-    store.publish(folder, manifest)
-    view = store.fetch(manifest)
-    (view / "stray.txt").write_text("x")
-    (view / "a.txt").unlink()
-    (view / "a.txt").write_text("not ours")
-    assert store.fetch(manifest) == view
-    assert contents(view) == {"a.txt": "alpha", "deep/b.txt": "beta"}
-    assert list((tmp_path / "store" / "tmp").iterdir()) == []
-
-
-def test_bytes_are_read_once_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = LocalStore(tmp_path / "store")
-    folder, manifest = artifact(tmp_path / "out")
-    store.publish(folder, manifest)
-    for path in (tmp_path / "store" / "objects").iterdir():
-        os.utime(path, (1, 1))
-    store.check(manifest)
-    monkeypatch.setattr("cdpo_core.artifacts.file_sha256", lambda path: pytest.fail(f"{path} was read again"))
-    LocalStore(tmp_path / "store").fetch(manifest)
-
-
-@pytest.mark.parametrize("below", ["a file", "/proc"])
-def test_a_folder_that_cannot_be_written(tmp_path: Path, below: str) -> None:
-    (tmp_path / "file").write_text("")
-    root = tmp_path / "file" / "store" if below == "a file" else Path("/proc/store")
-    with pytest.raises(StoreUnavailable, match="cannot be") as caught:
-        LocalStore(root).probe()
-    assert str(root) in str(caught.value)
-    assert "--store" in caught.value.fix
-
-
-def test_a_folder_without_working_links_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "link", os.replace)
-    with pytest.raises(StoreUnavailable):
-        LocalStore(tmp_path).probe()
-
-
-def test_a_full_disk_is_said_and_publishes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = LocalStore(tmp_path / "store")
-    folder, manifest = artifact(tmp_path / "out")
-
-    def full(source: Path, target: Path) -> None:
-        target.write_text("half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "copyfile", full)
-        with pytest.raises(StoreUnavailable, match="No space left"):
-            store.publish(folder, manifest)
-    assert store.manifests() == []
-    assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []
-    assert store.publish(folder, manifest) == manifest
-
-
-# Buckets
-
-
-def test_large_objects_travel_in_parts(s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from boto3.s3.transfer import TransferConfig
-
-    parts = TransferConfig(multipart_threshold=5 << 20, multipart_chunksize=5 << 20)
-    monkeypatch.setattr(s3_store, "transfer_settings", lambda: parts)
-    monkeypatch.setenv("CDPO_HOME", str(tmp_path / "one"))
-    folder, manifest = artifact(tmp_path / "out", weights="0123456789abcdef" * (11 << 16))
-    open_store(s3_uri).publish(folder, manifest)
-    bucket, prefix = s3_uri.removeprefix("s3://").split("/")
-    key = f"{prefix}/objects/{manifest.files['weights'].sha256}"
-    assert boto3.session.Session().client("s3").head_object(Bucket=bucket, Key=key)["ETag"].endswith('-3"')
-    monkeypatch.setenv("CDPO_HOME", str(tmp_path / "two"))
-    assert folder_files(open_store(s3_uri).fetch(manifest)) == manifest.files
-
-
-def test_a_cached_copy_is_not_fetched_again_but_is_verified(s3_uri: str, tmp_path: Path) -> None:
-    folder, manifest = artifact(tmp_path / "out")
-    open_at = [S3Store(*s3_uri.removeprefix("s3://").split("/"), tmp_path / "cache") for _ in range(2)]
-    open_at[0].publish(folder, manifest)
-    copy = tmp_path / "cache" / "objects" / manifest.files["a.txt"].sha256
-    before = copy.stat().st_ino
-    open_at[1].fetch(manifest)
-    assert copy.stat().st_ino == before
-    copy.chmod(0o644)
-    copy.write_text("omega")
-    assert contents(open_at[1].fetch(manifest))["a.txt"] == "alpha"
-
-
-def test_a_server_that_ignores_if_none_match_is_refused(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Careless:
-        def __init__(self, client: Any) -> None:
-            self.client = client
-
-        def put_object(self, IfNoneMatch: str, **request: Any) -> Any:
-            return self.client.put_object(**request)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.client, name)
-
-    connect = s3_store.connect
-    monkeypatch.setattr(s3_store, "connect", lambda patient: Careless(connect(patient=patient)))
-    with pytest.raises(StoreUnavailable, match="ignores if-none-match"):
-        open_store(s3_uri).probe()
-
-
-def test_an_unreachable_server(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://someone:planted-secret@127.0.0.1:9")
-    with pytest.raises(StoreUnavailable, match="cannot be reached") as caught:
-        open_store(s3_uri).probe()
-    assert "planted-secret" not in str(caught.value)
-    assert len(str(caught.value).splitlines()) <= 12
-
-
-def test_a_server_that_never_answers_is_given_up(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3_store, "PROBE_SECONDS", 0.2)
-    monkeypatch.setattr(s3_store.S3Store, "_try_writing", lambda self: Barrier(2).wait(5))
-    with pytest.raises(StoreUnavailable, match="did not answer"):
-        open_store(s3_uri).probe()
-
-
-def test_a_malformed_endpoint(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "nonsense")
-    with pytest.raises(StoreUnavailable):
-        open_store(s3_uri).probe()
-
-
-def test_a_bucket_that_does_not_exist(s3_uri: str) -> None:
-    store = open_store("s3://no-such-bucket/x")
-    with pytest.raises(StoreUnavailable, match="bucket does not exist"):
-        store.probe()
-    with pytest.raises(StoreUnavailable, match="bucket does not exist"):
-        store.put_record("a", {})
-
-
-def test_missing_credentials(s3_uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(StoreUnavailable, match="no S3 credentials"):
-        open_store(s3_uri).probe()
-
-
-def test_an_unknown_profile(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_PROFILE", "nobody")
-    with pytest.raises(StoreUnavailable, match="no S3 credentials"):
-        open_store(s3_uri).probe()
-
-
-@pytest.mark.parametrize("code", ["SlowDown", "InternalError", "connection refused"])
-def test_work_goes_on_when_the_server_comes_back(s3_uri: str, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    store = open_store(s3_uri)
-    store.put_record("a", {"n": 1})
-    failures = [_failure(code), _failure(code)]
-    monkeypatch.setattr(s3_store.time, "sleep", lambda seconds: None)
-    client, get = store._client, store._client.get_object  # type: ignore[attr-defined]
-    monkeypatch.setattr(client, "get_object", lambda **address: _raise_first(failures) or get(**address))
-    assert store.get_record("a") == {"n": 1}
-    assert failures == []
-
-
-def test_a_server_away_for_good_is_said(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = open_store(s3_uri)
-    monkeypatch.setattr(s3_store, "OUTAGE_SECONDS", -1.0)
-    away = [_failure("connection refused")]
-    monkeypatch.setattr(store._client, "get_object", lambda **address: _raise_first(away))  # type: ignore[attr-defined]
-    with pytest.raises(StoreUnavailable, match="cannot be reached"):
-        store.get_record("a")
-
-
-def _failure(code: str) -> Exception:
-    from botocore.exceptions import ClientError, EndpointConnectionError
-
-    if code == "connection refused":
-        return EndpointConnectionError(endpoint_url="http://127.0.0.1:9")
-    status = {"ResponseMetadata": {"HTTPStatusCode": 503}, "Error": {"Code": code, "Message": "later"}}
-    return ClientError(status, "GetObject")  # type: ignore[arg-type]
-
-
-def _raise_first(failures: list[Exception]) -> None:
-    if failures:
-        raise failures.pop(0)
-
-
-@pytest.mark.parametrize(
-    ("code", "words"),
-    [("AccessDenied", "refuses access"), ("SignatureDoesNotMatch", "secret key"), ("RequestTimeTooSkewed", "clock")],
-)
-def test_refusals_are_said_in_the_users_words(code: str, words: str) -> None:
-    from botocore.exceptions import ClientError
-
-    refusal = ClientError({"Error": {"Code": code, "Message": "no"}}, "PutObject")
-    assert words in s3_connection.unavailable(refusal, "s3://bucket/x").what
-    assert not s3_connection.may_pass(refusal)
 
 
 # Addresses

@@ -85,7 +85,7 @@ def round_lambda(value: float, lambda_max: float) -> float:
     if value <= 0:
         return 0.0
     decimals = min(3, 2 - math.floor(math.log10(value)))
-    return min(round(value, decimals), lambda_max)
+    return min(round(float(value), decimals), lambda_max)
 
 
 def next_step(history: list[Round], settings: DualSettings, first_lambda: tuple[float, ...]) -> DualStep:
@@ -143,46 +143,67 @@ def _newton(history: list[Round], settings: DualSettings) -> tuple[float, ...]:
     if len(settings.target) == 1:
         return (round_lambda(_bracketed_newton(history, settings), settings.lambda_max),)
     base = min(history, key=lambda done: _merit(done, settings))
+    start = np.asarray(base.lambda_)
+    # Far from the base the model is a guess: costs flatten out as λ grows, so its steps come out too long.
+    reach = np.minimum(settings.lambda_max, np.maximum(GROWTH * start, SMALLEST_REACH * settings.lambda_max))
+    step = box_newton_step(-_violation(base, settings), np.asarray(base.hessian), -start, reach - start)
     # Each round since that came no closer says that the model reached too far.
-    step = _box_step(base, settings, 0.0, settings.lambda_max) * 0.5 ** (len(history) - 1 - history.index(base))
-    return tuple(round_lambda(value, settings.lambda_max) for value in np.asarray(base.lambda_) + step)
+    proposal = start + step * 0.5 ** (len(history) - 1 - history.index(base))
+    return tuple(round_lambda(value, settings.lambda_max) for value in proposal)
 
 
 def _bracketed_newton(history: list[Round], settings: DualSettings) -> float:
-    """The next λ for one cost: Newton from the best round, the secant once two rounds enclose the target.
-
-    Both work in log λ where λ > 0: costs flatten out as λ grows, so plain steps come out too short
-    upwards and too long downwards. What would land on a tried end of the bracket, or outside it, is
-    replaced by the bracket's (geometric) middle.
-    """
+    """The next λ for one cost: Newton from the best round, the secant once two rounds enclose the target."""
     low, high = bracket(history, settings)
     inside = [done for done in history if low <= done.lambda_[0] <= high]
-    above = max((done for done in inside if _excess(done, settings) > 0), key=lambda done: done.lambda_, default=None)
-    below = min((done for done in inside if _excess(done, settings) <= 0), key=lambda done: done.lambda_, default=None)
-    if above and below and above.lambda_ < below.lambda_:
-        proposal = _secant(above, below, settings)
-    else:
-        base = min(inside, key=lambda done: _merit(done, settings))
-        proposal = _newton_in_log(base, settings)
-        if proposal == base.lambda_[0]:
-            return proposal
-    proposal = min(max(proposal, low), high)
-    tried_ends = {done.lambda_[0] for done in history} & {low, high}
-    if round_lambda(proposal, settings.lambda_max) in tried_ends:
-        return math.sqrt(low * high) if low > 0 else high / 2
-    return proposal
+    above = [done for done in inside if _excess(done, settings) > 0]
+    below = [done for done in inside if _excess(done, settings) <= 0]
+    base = min(inside, key=lambda done: _merit(done, settings))
+    proposal = min(max(_newton_step(base, settings), low), high)
+    if not above or not below:
+        return proposal
+    left, right = max(above, key=lambda done: done.lambda_), min(below, key=lambda done: done.lambda_)
+    if left.lambda_[0] == 0 and 0 < proposal < right.lambda_[0]:
+        return proposal
+    return _secant(left, right, settings)
 
 
-def _newton_in_log(base: Round, settings: DualSettings) -> float:
-    start, largest = base.lambda_[0], settings.lambda_max
-    step = float(_box_step(base, settings, -math.inf, math.inf)[0])
-    if start == 0:
-        return min(step, SMALLEST_REACH * largest)
-    if step < -2 * start and start <= SMALLEST_REACH * largest:
+def _newton_step(base: Round, settings: DualSettings) -> float:
+    """λ + violation/h upwards, λ·exp(violation/(h λ)) downwards, by at most a factor GROWTH.
+
+    The cost curve flattens out as λ grows, so upwards the plain step never passes the solution, but
+    downwards it does: there the step is taken in log λ. A step to far below 0 from a λ that is small
+    already says that the limit is slack, and goes to 0.
+    """
+    start, most = base.lambda_[0], SMALLEST_REACH * settings.lambda_max
+    step = _excess(base, settings) / max(base.hessian[0][0], 1e-9)
+    if step >= 0:
+        return min(start + step, max(GROWTH * start, most))
+    if step < -2 * start and start <= most:
         return 0.0
-    return start * min(max(math.exp(min(step / start, 1.0)), 1 / GROWTH), GROWTH)
+    return start * max(math.exp(max(step / start, -GROWTH)), 1 / GROWTH)
+
+
+def _secant(left: Round, right: Round, settings: DualSettings) -> float:
+    """Where the line through the two rounds' costs crosses the target, in log λ where both λ are > 0."""
+    share = _excess(left, settings) / (_excess(left, settings) - _excess(right, settings))
+    if left.lambda_[0] > 0:
+        return float(left.lambda_[0] ** (1 - share) * right.lambda_[0] ** share)
+    return left.lambda_[0] + share * (right.lambda_[0] - left.lambda_[0])
+
+
+def _ascent(last: Round, settings: DualSettings) -> tuple[float, ...]:
+    """λ ← [λ + α (E[c] − target)]₊, the projected gradient step on the dual (arXiv:2403.02475)."""
+    moved = np.asarray(last.lambda_) + settings.step * _violation(last, settings)
+    return tuple(round_lambda(value, settings.lambda_max) for value in moved)
+
+
+def _violation(done: Round, settings: DualSettings) -> np.ndarray:
+    return np.asarray(done.cost) - np.asarray(settings.target)
+
+
 def _excess(done: Round, settings: DualSettings) -> float:
-    return done.cost[0] - settings.target[0]
+    return float(done.cost[0] - settings.target[0])
 
 
 def _merit(done: Round, settings: DualSettings) -> float:

@@ -8,15 +8,22 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.evaluation import metrics
 from cdpo_core.evaluation.metrics import Estimate
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Scored responses, one row each: prompt_id, sample, response, log_prob, ref_log_prob, reward, cost_<name>."""
+    """Scored responses, one row each.
+
+    Attributes:
+        table: prompt_id, sample, response, log_prob, ref_log_prob, reward, cost_<name>; in (prompt, sample) order.
+        sources: the responses' and the scores' artifacts, where they come from a store.
+    """
 
     table: pd.DataFrame
+    sources: tuple[ArtifactRef, ...] = ()
 
     @property
     def _prompts(self) -> np.ndarray:
@@ -68,7 +75,7 @@ class Measured:
         return {name: {"mean": value.mean, "low": value.low, "high": value.high} for name, value in figures.items()}
 
 
-def join_scores(responses: pd.DataFrame, scores: pd.DataFrame) -> Measured:
+def join_scores(responses: pd.DataFrame, scores: pd.DataFrame, sources: tuple[ArtifactRef, ...] = ()) -> Measured:
     """Responses and their scores in one table, in (prompt, sample) order.
 
     Raises:
@@ -78,4 +85,4 @@ def join_scores(responses: pd.DataFrame, scores: pd.DataFrame) -> Measured:
     table = responses.merge(scores, on=keys, how="inner", validate="one_to_one")
     if len(table) != len(responses) or len(table) != len(scores):
         raise ValueError(f"{len(responses)} responses and {len(scores)} scores have {len(table)} in common")
-    return Measured(table.sort_values(keys, ignore_index=True))
+    return Measured(table.sort_values(keys, ignore_index=True), sources)

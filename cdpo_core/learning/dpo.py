@@ -198,7 +198,12 @@ class Round:
         share = columns.shape[1] / self.weights.shape[1]
         anchor = anchor_loss(log_probs, (self.weights[place] / share).to(device))
         loss = dpo + self.dpo.anchor * anchor
-        return {"loss": loss, "dpo": dpo.detach(), "anchor": anchor.detach(), "accuracy": _agreement(log_ratio, targets)}
+        return {
+            "loss": loss,
+            "dpo": dpo.detach(),
+            "anchor": anchor.detach(),
+            "accuracy": _agreement(log_ratio, targets),
+        }
 
     def labels(self, rows: Indices, columns: Indices) -> Tensor:
         """Relabelling: the target probabilities of every pair of each group under r_λ, [P', k, k] float64.

@@ -180,7 +180,7 @@ class Checkpoint:
         try:
             with safe_open(path, framework="pt") as file:
                 state = json.loads(file.metadata()["state"])
-                saved = {name: file.get_tensor(name) for name in file.keys()}
+                saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file, no dict)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             log.warning("the checkpoint %s cannot be read (%s): the stage starts again", path, error)
             return 0, []

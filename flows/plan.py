@@ -1,0 +1,112 @@
+"""The plan: which stages a run would find in the store, which it would compute, and what that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cdpo_core.artifacts import ArtifactRef
+from cdpo_core.config import ExperimentConfig
+from cdpo_core.stages import Stage, pick, reference_to, stage_key
+from flows.align import align
+from flows.evaluate import evaluate
+from flows.preference_models import preference_models
+from flows.preflight import check_before_run
+from flows.prepare import prepare
+from tasks.dual import plan_dual
+from tasks.workbench import Done, Workbench, open_workbench
+
+PLANNED = "planned"
+# What follows the first stage that is not there yet, when its λ cannot be known before it is computed.
+ROUND_STAGES = ("policy at the first λ", "its responses and scores on the selection prompts", "further rounds if needed")
+FINAL_STAGES = ("certificate", "policy at λ = 0", "test of the reference, of DPO and of the policy")
+
+
+class _NotComputed(Exception):
+    """A table was asked for that no stage has written yet."""
+
+
+class PlanBench(Workbench):
+    """A workbench that computes nothing: a missing artifact is a placeholder, and reading one ends the plan."""
+
+    def run(self, stage: Stage, inputs: Mapping[str, ArtifactRef], label: str = "", **extra: Any) -> ArtifactRef:
+        """The artifact's reference if it is in the store, else a placeholder."""
+        label = label or stage.name
+        if all(ref.kind != PLANNED for ref in inputs.values()):
+            key = stage_key(stage, pick(self.config, stage.fields, **extra), inputs)
+            manifest = self.store.find(stage.name, key)
+            if manifest is not None:
+                self.results.append(Done(label, True, manifest.seconds, manifest.created))
+                return reference_to(manifest, self.store)
+        self.results.append(Done(label, False, 0.0, ""))
+        return ArtifactRef(uri="", digest="", kind=PLANNED)
+
+    def folder(self, ref: ArtifactRef) -> Any:
+        """The artifact's files; ends the plan when they are not there yet."""
+        if ref.kind == PLANNED:
+            raise _NotComputed
+        return super().folder(ref)
+
+
+class _NoJournal:
+    """Records nothing."""
+
+    def round(self, *_: object) -> None:
+        """A round that is in the store already."""
+
+
+def plan_experiment(config: ExperimentConfig) -> dict[str, Any]:
+    """What a run of the config would do, from the store alone.
+
+    Returns:
+        stages: [{name, cached, estimate}], estimate in seconds from earlier runs of the same part,
+        None where there was none; margin: [m] or None when the costs are not known yet; memory;
+        warnings.
+    """
+    check_before_run(config)
+    real = open_workbench(config)
+    bench = PlanBench(config, real.store, real.scratch_root)
+    margin, warnings = None, []
+    try:
+        prepared = prepare.fn(bench)
+        scored = preference_models.fn(bench, prepared)
+        dual = plan_dual(bench, scored)
+        margin, warnings = dual.margins, [dual.warning] if dual.warning else []
+        alignment = align.fn(bench, prepared, scored, _NoJournal())
+        evaluate.fn(bench, prepared, scored, alignment)
+        rest: tuple[str, ...] = ()
+    except _NotComputed:
+        rest = _what_follows(bench)
+    known = _seconds_by_stage(bench)
+    stages = [{"name": done.label, "cached": done.cached, "estimate": known.get(done.label)} for done in bench.results]
+    stages += [{"name": name, "cached": False, "estimate": known.get(name)} for name in rest]
+    return {"stages": stages, "margin": margin, "memory": _memory(config), "warnings": warnings}
+
+
+def _what_follows(bench: PlanBench) -> tuple[str, ...]:
+    """The parts of the DAG that the walk did not reach."""
+    labels = {done.label for done in bench.results}
+    judged = bench.config.on_testbed and bench.config.evaluation.judge == "auto"
+    final = (*FINAL_STAGES, "exact judge") if judged else FINAL_STAGES
+    return final if any(label.startswith("policy at") for label in labels) else (*ROUND_STAGES, *final)
+
+
+def _seconds_by_stage(bench: PlanBench) -> dict[str, float]:
+    """What stages of the same kind took before, in any experiment of this store: the latest of each."""
+    took = {item.stage: item.seconds for item in sorted(bench.store.manifests(), key=lambda item: item.created)}
+    kinds = {"reference policy": "sft", "splits": "splits", "data": "data", "exact reference": "enumeration"}
+    kinds |= {"exact judge": "judgement", ROUND_STAGES[0]: "round", "policy at λ = 0": "round"}
+    kinds |= {label: "scorers" for label in (done.label for done in bench.results) if label.endswith(" model")}
+    kinds |= {done.label: "responses" for done in bench.results if done.label.endswith("responses")}
+    kinds |= {done.label: "scores" for done in bench.results if done.label.endswith("scores")}
+    kinds |= {done.label: "round" for done in bench.results if done.label.startswith("policy at")}
+    return {label: took[stage] for label, stage in kinds.items() if stage in took}
+
+
+def _memory(config: ExperimentConfig) -> str:
+    """The parameters of a policy from scratch and what training them holds (weights, gradient, Adam, average)."""
+    policy = config.policy
+    if policy.base != "scratch":
+        return ""
+    parameters = policy.hidden_size * policy.vocabulary_size + policy.layers * 12 * policy.hidden_size**2
+    return f"{parameters / 1e6:.2g} million parameters, {parameters * 5 * 4 / 2**20:.0f} MiB while training, and the activations"

@@ -1,0 +1,106 @@
+"""Records as metric points, params and tags: names, steps and times as the UIs show them."""
+
+from __future__ import annotations
+
+import pytest
+
+from cdpo_core.config import ConstraintConfig, ExperimentConfig
+from tasks.metric_points import (
+    MetricPoint,
+    result_points,
+    result_tags,
+    round_points,
+    scorer_points,
+    timestamp_ms,
+    training_points,
+    varying_params,
+)
+
+CONFIG = ExperimentConfig()
+
+
+def _by_name(points: list[MetricPoint]) -> dict[str, float]:
+    return {point.name: point.value for point in points}
+
+
+def test_points_of_a_round() -> None:
+    record = {"round": 2, "lambda": 0.5, "reward": 1.0, "cost": -0.2, "cost_upper": 0.1, "kl": 0.7, "seconds": 9.0}
+    points = round_points(record, ["harm"], [-0.5], 123)
+    assert {(point.step, point.timestamp_ms) for point in points} == {(2, 123)}
+    assert _by_name(points) == {
+        "dual/lambda": 0.5,
+        "dual/violation": pytest.approx(0.3),
+        "policy/reward": 1.0,
+        "policy/cost": -0.2,
+        "policy/cost_upper": 0.1,
+        "policy/kl": 0.7,
+    }
+
+
+def test_points_of_a_round_with_two_constraints() -> None:
+    record = {
+        "round": 1,
+        "lambda": [0.5, 0.0],
+        "reward": 1.0,
+        "cost": [-0.6, 0.4],
+        "cost_upper": [-0.5, 0.6],
+        "kl": 0.7,
+    }
+    points = _by_name(round_points(record, ["harm", "privacy"], [-0.5, 0.0], 123))
+    assert "dual/lambda" not in points
+    assert (points["dual/lambda/harm"], points["dual/lambda/privacy"]) == (0.5, 0.0)
+    assert points["dual/violation"] == pytest.approx(0.4)
+    assert (points["policy/cost"], points["policy/cost/privacy"]) == (-0.6, 0.4)
+    assert points["policy/cost_upper/privacy"] == 0.6
+
+
+def test_points_of_training_follow_each_other_over_rounds() -> None:
+    steps = [{"step": 30, "loss": 0.6, "accuracy": 0.7}, {"step": 60, "loss": 0.5}]
+    points = training_points(steps, 3, 60, 123)
+    assert [(point.name, point.step, point.value) for point in points] == [
+        ("train/loss", 150, 0.6),
+        ("train/accuracy", 150, 0.7),
+        ("train/loss", 180, 0.5),
+    ]
+
+
+def test_points_of_a_result() -> None:
+    estimate = {"mean": 1.0, "low": 0.5, "high": 1.5}
+    result = {
+        "rounds": [{"round": 1}, {"round": 2}],
+        "test": {"reward": estimate},
+        "oracle": {"captured": 0.95, "support_mass": None, "true_cost": float("nan")},
+        "scorers": {"harm": {"accuracy": 0.8, "low": 0.75, "high": 0.85}},
+    }
+    points = result_points(result, 123)
+    assert {(point.name, point.value, point.step) for point in points} == {
+        ("test/reward", 1.0, 2),
+        ("test/reward_low", 0.5, 2),
+        ("test/reward_high", 1.5, 2),
+        ("oracle/captured", 0.95, 2),
+        ("scorer/harm/accuracy", 0.8, 0),
+        ("scorer/harm/accuracy_low", 0.75, 0),
+        ("scorer/harm/accuracy_high", 0.85, 0),
+    }
+    assert result_points({"rounds": [], "test": None, "oracle": None}, 123) == []
+    assert scorer_points({}, 123) == []
+
+
+def test_tags_of_a_result() -> None:
+    result = {"status": "certified", "lambda": 0.7, "certificate": {"upper": -0.512345678, "passed": True}}
+    expected = {"status": "certified", "lambda": "0.7", "certificate.upper": "-0.512346", "certificate.passed": "True"}
+    assert result_tags(result) == expected
+    assert result_tags({"status": "infeasible", "lambda": None, "certificate": None}) == {"status": "infeasible"}
+
+
+def test_params_are_few_and_name_each_limit() -> None:
+    assert varying_params(CONFIG)["limit"] == "0"
+    two = [ConstraintConfig(name="harm", limit=-0.5), ConstraintConfig(name="privacy", limit=0.25)]
+    params = varying_params(CONFIG.model_copy(update={"constraints": two}))
+    assert (params["limit.harm"], params["limit.privacy"]) == ("-0.5", "0.25")
+    assert "limit" not in params
+
+
+def test_time_of_a_manifest() -> None:
+    assert timestamp_ms("2026-11-23T13:00:00.250+00:00") == timestamp_ms("2026-11-23T14:00:00.250+01:00")
+    assert timestamp_ms("1970-01-01T00:00:01.250+00:00") == 1250
