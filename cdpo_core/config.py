@@ -12,7 +12,6 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
-
 class Section(BaseModel):
     """Base of the sections: frozen, closed, finite numbers only."""
 

@@ -10,8 +10,8 @@ from prefect import flow
 
 from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.dual.ascent import Round, next_step
+from cdpo_core.dual.selection import Candidate
 from cdpo_core.evaluation.measure import Measured
-from cdpo_core.evaluation.metrics import Candidate
 from cdpo_core.evaluation.result import round_record
 from tasks.dual import OfflinePlan, candidate, choose_round, cost_upper, dual_round, plan_dual
 from tasks.evaluation import exact_floor
@@ -53,13 +53,15 @@ class Alignment:
         """[m] the lowest mean costs known: exact on the testbed, else of the samples and the rounds."""
         if self.exact_floor is not None:
             return self.exact_floor
-        return [min(costs) for costs in zip(self.plan.dual.floor().tolist(), *(r.cost for r in self.history), strict=True)]
+        return [
+            min(costs) for costs in zip(self.plan.dual.floor().tolist(), *(r.cost for r in self.history), strict=True)
+        ]
 
 
 @flow(name="align", validate_parameters=False)
-def align(bench: Workbench, prepared: Prepared, scored: Scored, journal: Journal) -> Alignment:
+def align(bench: Workbench, prepared: Prepared, scored: Scored, journal: Journal | None = None) -> Alignment:
     """Train at lambda, measure on the selection prompts, move lambda; then choose among the rounds."""
-    plan = plan_dual(bench, scored)
+    plan = plan_dual(bench, prepared, scored)
     if plan.warning:
         log.warning(plan.warning)
     floor = exact_floor(bench, prepared) if bench.config.on_testbed else None
@@ -76,7 +78,7 @@ def align(bench: Workbench, prepared: Prepared, scored: Scored, journal: Journal
         measured = _on_selection(bench, prepared, scored, policy, step.lambda_)
         policies.append(policy)
         history.append(dual_round(bench, prepared, scored, measured, step.lambda_))
-        candidates.append(candidate(bench, measured, history[-1]))
+        candidates.append(candidate(bench, prepared, measured, history[-1]))
         figures = {
             "cost": history[-1].cost,
             "cost_upper": cost_upper(bench, scored, candidates[-1]),
@@ -86,7 +88,8 @@ def align(bench: Workbench, prepared: Prepared, scored: Scored, journal: Journal
             "seconds": bench.seconds(policy),
         }
         rounds.append(round_record(len(rounds) + 1, step.lambda_, figures))
-        journal.round(rounds, policy)
+        if journal is not None:
+            journal.round(rounds, policy)
     log.info(step.reason)
     chosen = choose_round(bench, scored, candidates)
     return Alignment(plan, history, rounds, policies, chosen, step.status, step.reason, floor)

@@ -40,9 +40,10 @@ from flows.preflight import check_before_run
 from flows.prepare import prepare
 from tasks.journal import Journal
 from tasks.preference_models import scorer_reports
+from tasks.records import Prepared
 from tasks.report import draw_figures, report_folder, write_json, write_samples
 from tasks.result import Outcome, experiment_result
-from tasks.workbench import Workbench, open_workbench, report_progress_to
+from tasks.workbench import Workbench, open_workbench, outcome, report_progress_to
 
 STATE_NAMES = {"certified": "Certified", "not_certified": "NotCertified", "infeasible": "Infeasible"}
 DEFAULT = ExperimentConfig()
@@ -97,7 +98,7 @@ def run_experiment(config: ExperimentConfig, *, progress: Progress | None = None
         report_progress_to(progress)
     make_prefect_home()
     state = experiment(**sections(config), return_state=True)
-    result: dict[str, Any] = state.result()
+    result: dict[str, Any] = outcome(state)
     return result
 
 
@@ -122,7 +123,7 @@ def _conduct(bench: Workbench) -> dict[str, Any]:
         journal.scorers(reports, scored.scorers)
         alignment = align(bench, prepared, scored, journal)
         evaluation = evaluate(bench, prepared, scored, alignment)
-        result = experiment_result(bench, journal, alignment.plan, reports, _outcome(alignment, evaluation))
+        result = experiment_result(bench, journal, alignment.plan, reports, _outcome(prepared, alignment, evaluation))
         folder = report_folder(journal.key, bench.config.name)
         draw_figures(bench, result, alignment.plan, alignment.history, evaluation.test, folder)
         write_samples(bench, prepared, evaluation.test, folder)
@@ -134,8 +135,9 @@ def _conduct(bench: Workbench) -> dict[str, Any]:
     return result
 
 
-def _outcome(alignment: Alignment, evaluation: Evaluation) -> Outcome:
+def _outcome(prepared: Prepared, alignment: Alignment, evaluation: Evaluation) -> Outcome:
     return Outcome(
+        data=prepared.data,
         rounds=alignment.rounds,
         chosen=alignment.chosen,
         policy=alignment.policy,

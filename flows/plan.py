@@ -18,7 +18,11 @@ from tasks.workbench import Done, Workbench, open_workbench
 
 PLANNED = "planned"
 # What follows the first stage that is not there yet, when its λ cannot be known before it is computed.
-ROUND_STAGES = ("policy at the first λ", "its responses and scores on the selection prompts", "further rounds if needed")
+ROUND_STAGES = (
+    "policy at the first λ",
+    "its responses and scores on the selection prompts",
+    "further rounds if needed",
+)
 FINAL_STAGES = ("certificate", "policy at λ = 0", "test of the reference, of DPO and of the policy")
 
 
@@ -48,13 +52,6 @@ class PlanBench(Workbench):
         return super().folder(ref)
 
 
-class _NoJournal:
-    """Records nothing."""
-
-    def round(self, *_: object) -> None:
-        """A round that is in the store already."""
-
-
 def plan_experiment(config: ExperimentConfig) -> dict[str, Any]:
     """What a run of the config would do, from the store alone.
 
@@ -70,9 +67,9 @@ def plan_experiment(config: ExperimentConfig) -> dict[str, Any]:
     try:
         prepared = prepare.fn(bench)
         scored = preference_models.fn(bench, prepared)
-        dual = plan_dual(bench, scored)
+        dual = plan_dual(bench, prepared, scored)
         margin, warnings = dual.margins, [dual.warning] if dual.warning else []
-        alignment = align.fn(bench, prepared, scored, _NoJournal())
+        alignment = align.fn(bench, prepared, scored, None)
         evaluate.fn(bench, prepared, scored, alignment)
         rest: tuple[str, ...] = ()
     except _NotComputed:
@@ -109,4 +106,5 @@ def _memory(config: ExperimentConfig) -> str:
     if policy.base != "scratch":
         return ""
     parameters = policy.hidden_size * policy.vocabulary_size + policy.layers * 12 * policy.hidden_size**2
-    return f"{parameters / 1e6:.2g} million parameters, {parameters * 5 * 4 / 2**20:.0f} MiB while training, and the activations"
+    mebibytes = parameters * 5 * 4 / 2**20
+    return f"{parameters / 1e6:.2g} million parameters, {mebibytes:.0f} MiB while training, and the activations"

@@ -33,7 +33,7 @@ from cdpo_core.config import (
 from cdpo_core.stages import Progress
 from flows.experiment import DEFAULT, experiment, make_prefect_home, sections
 from tasks.frontier import SweepJournal, choose_for_sweep, exact_frontier, frontier_points
-from tasks.workbench import report_progress_to
+from tasks.workbench import outcome, report_progress_to
 
 
 @flow(name="sweep", flow_run_name="{name}", persist_result=False)
@@ -86,7 +86,7 @@ def run_sweep(config: ExperimentConfig, limits: list[float], *, progress: Progre
         report_progress_to(progress)
     make_prefect_home()
     state = sweep(limits=limits, **sections(config), return_state=True)
-    result: dict[str, Any] = state.result()
+    result: dict[str, Any] = outcome(state)
     return result
 
 
@@ -103,7 +103,7 @@ def _conduct(config: ExperimentConfig, limits: list[float]) -> dict[str, Any]:
     journal = SweepJournal(config, limits)
     try:
         children = [
-            experiment(**sections(with_limit(config, limit, journal.run_id)), return_state=True).result()
+            outcome(experiment(**sections(with_limit(config, limit, journal.run_id)), return_state=True))
             for limit in limits
         ]
         result = {

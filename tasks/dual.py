@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from cdpo_core.dual.ascent import DualSettings, Round
-from cdpo_core.dual.certificate import expected_half_width, planned_margin
+from cdpo_core.dual.certificate import expected_half_width, planned_margin, prompt_spread
 from cdpo_core.dual.offline import OfflineDual
+from cdpo_core.dual.selection import Candidate, select_round
 from cdpo_core.evaluation.measure import Measured
-from cdpo_core.evaluation.metrics import Candidate, paired_mean, select_round, within_prompt_covariance
+from cdpo_core.evaluation.metrics import paired_mean, within_prompt_covariance
 from tasks.records import Prepared, Scored
-from tasks.rounds import measured_from
+from tasks.rounds import measured_from, prompt_kinds
 from tasks.workbench import Workbench
 
 CURVE_POINTS = 60
@@ -41,12 +42,12 @@ class OfflinePlan:
     warning: str
 
 
-def plan_dual(bench: Workbench, scored: Scored) -> OfflinePlan:
+def plan_dual(bench: Workbench, prepared: Prepared, scored: Scored) -> OfflinePlan:
     """Solve the dual on the reference samples: the margin, the first lambda, what is within reach."""
     config = bench.config
     dual = offline_dual(bench, scored)
     limits = np.array([item.limit for item in config.constraints])
-    margins = _margins(bench, scored, dual, limits)
+    margins = _margins(bench, prepared, scored, dual, limits)
     target = limits - margins
     solved = dual.solve(target, config.dual.lambda_max)
     first = solved if config.dual.start == "offline" else np.zeros(len(limits))
@@ -71,20 +72,20 @@ def offline_dual(bench: Workbench, scored: Scored) -> OfflineDual:
     return OfflineDual(reward, costs, bench.config.dpo.beta)
 
 
-def _margins(bench: Workbench, scored: Scored, dual: OfflineDual, limits: np.ndarray) -> np.ndarray:
+def _margins(bench: Workbench, prepared: Prepared, scored: Scored, dual: OfflineDual, limits: np.ndarray) -> np.ndarray:
     """The certificate's planned margin from the costs the offline policy is predicted to have."""
     config = bench.config
     point = dual.expected(dual.solve(limits, config.dual.lambda_max))
-    within = np.diag(point.hessian) * config.dpo.beta
-    deviation = np.sqrt(point.prompt_costs.var(axis=0, ddof=1) + within / config.sampling.certificate)
+    within = np.diag(point.hessian) * config.dpo.beta / config.sampling.certificate
+    kinds = prompt_kinds(bench, prepared.data, measured_from(bench, scored.responses, scored.scores).prompts())
     rules = config.certificate
+    clip = {"low": rules.cost_low, "high": rules.cost_high}
     prompts = certificate_prompts(bench, scored)
+    spread = [prompt_spread(costs, kinds)[0] for costs in point.prompt_costs.T]
     return np.array(
         [
-            planned_margin(
-                sd, prompts, rules.delta, rules.power, rules.method, low=rules.cost_low, high=rules.cost_high
-            )
-            for sd in deviation.tolist()
+            planned_margin(math.hypot(sd, math.sqrt(var)), prompts, rules.delta, rules.power, rules.method, **clip)
+            for sd, var in zip(spread, within.tolist(), strict=True)
         ]
     )
 
@@ -100,7 +101,9 @@ def _reach_warning(names: list[str], dual: OfflineDual, limits: np.ndarray, solv
     return ""
 
 
-def dual_round(bench: Workbench, prepared: Prepared, scored: Scored, measured: Measured, lambda_: tuple[float, ...]) -> Round:
+def dual_round(
+    bench: Workbench, prepared: Prepared, scored: Scored, measured: Measured, lambda_: tuple[float, ...]
+) -> Round:
     """A trained round as the dual sees it: costs on the selection prompts, paired with the reference's there."""
     names = bench.names
     pool = measured_from(bench, prepared.pool_responses, scored.pool_scores)
@@ -108,7 +111,7 @@ def dual_round(bench: Workbench, prepared: Prepared, scored: Scored, measured: M
     splits = bench.table(scored.splits, "splits")
     # The certificate's prompts must not have a say in where lambda goes.
     certificate = splits.loc[splits["split"] == "certificate", "prompt_id"]
-    population = reference.drop(index=certificate)
+    population = reference.drop(index=certificate.tolist())
     estimates = [
         paired_mean(
             here[name].to_numpy(),
@@ -126,9 +129,10 @@ def dual_round(bench: Workbench, prepared: Prepared, scored: Scored, measured: M
     )
 
 
-def candidate(bench: Workbench, measured: Measured, round_: Round) -> Candidate:
+def candidate(bench: Workbench, prepared: Prepared, measured: Measured, round_: Round) -> Candidate:
     """A round's figures as the choice of policy weighs them."""
-    spread = measured.prompt_costs(bench.names).std(ddof=1).tolist()
+    kinds = prompt_kinds(bench, prepared.data, measured.prompts())
+    spread = [prompt_spread(costs, kinds)[0] for costs in measured.prompt_costs(bench.names).to_numpy().T]
     return Candidate(reward=measured.reward().mean, cost=round_.cost, sd=tuple(spread))
 
 
@@ -164,5 +168,3 @@ def predicted_curve(plan: OfflinePlan) -> tuple[np.ndarray, np.ndarray]:
     largest = max(3 * float(direction.max()), math.ulp(1.0))
     grid = np.linspace(0, largest / float(direction.max()), CURVE_POINTS)[:, None] * direction
     return grid.max(axis=1), np.stack([point.costs for point in plan.dual.curve(grid)])
-
-

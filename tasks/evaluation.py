@@ -14,7 +14,7 @@ from cdpo_core.artifacts import ArtifactRef, Store
 from cdpo_core.dual.certificate import Certificate, certify
 from cdpo_core.evaluation.measure import Measured
 from tasks.records import Prepared, Scored
-from tasks.rounds import measure_policy
+from tasks.rounds import measure_policy, prompt_kinds
 from tasks.workbench import Workbench
 
 
@@ -44,17 +44,19 @@ def certify_policy(bench: Workbench, prepared: Prepared, scored: Scored, policy:
     spent = spend(bench.store, scored.splits, policy, limits)
     samples = config.sampling.certificate
     measured = measure_policy(bench, prepared, scored, policy, "certificate", samples, "certificate")
-    return Certified(certificates_of(bench, measured, limits, config.certificate.delta), measured, spent)
+    return Certified(certificates_of(bench, prepared.data, measured, limits, config.certificate.delta), measured, spent)
 
 
 def certificates_of(
-    bench: Workbench, measured: Measured, limits: Sequence[float], delta: float
+    bench: Workbench, data: ArtifactRef, measured: Measured, limits: Sequence[float], delta: float
 ) -> list[Certificate]:
     """The certificates the measured costs earn against the limits [m] at error probability delta."""
     rules = bench.config.certificate
     costs = measured.prompt_costs(bench.names)
+    kinds = prompt_kinds(bench, data, measured.prompts())
+    clip = {"low": rules.cost_low, "high": rules.cost_high}
     return [
-        certify(costs[name].to_numpy(), limit, delta, rules.method, low=rules.cost_low, high=rules.cost_high)
+        certify(costs[name].to_numpy(), limit, delta, rules.method, strata=kinds, **clip)
         for name, limit in zip(bench.names, limits, strict=True)
     ]
 

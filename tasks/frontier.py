@@ -11,12 +11,12 @@ from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.evaluation import figures
 from tasks.environment import cdpo_home
-from tasks.metric_points import MetricPoint
 from tasks.evaluation import certificates_of
+from tasks.metric_points import MetricPoint
 from tasks.prefect_records import announce_run, flow_run_url, link_to_mlflow, markdown_table, show_markdown
 from tasks.report import report_folder, write_json
-from tasks.tracking import Tracker, experiment_key
 from tasks.rounds import measured_from
+from tasks.tracking import Tracker, experiment_key
 from tasks.workbench import Workbench, open_workbench
 
 
@@ -61,7 +61,8 @@ def choose_for_sweep(bench: Workbench, children: Sequence[Mapping[str, Any]]) ->
 def _passes_at(bench: Workbench, child: Mapping[str, Any], delta: float) -> bool:
     evidence = [ArtifactRef(**source) for source in child["certificate"]["evidence"]]
     limits = [item["limit"] for item in child["constraints"]]
-    certificates = certificates_of(bench, measured_from(bench, *evidence), limits, delta)
+    data = ArtifactRef(**child["data"])
+    certificates = certificates_of(bench, data, measured_from(bench, *evidence), limits, delta)
     return all(item.passed for item in certificates)
 
 

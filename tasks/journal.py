@@ -23,7 +23,14 @@ from tasks.metric_points import (
     timestamp_ms,
     training_points,
 )
-from tasks.prefect_records import announce_run, flow_run_url, link_to_mlflow, markdown_table, rounds_markdown, show_markdown
+from tasks.prefect_records import (
+    announce_run,
+    flow_run_url,
+    link_to_mlflow,
+    markdown_table,
+    rounds_markdown,
+    show_markdown,
+)
 from tasks.tracking import Tracker, experiment_key
 from tasks.workbench import Workbench, store_of
 

@@ -33,7 +33,12 @@ def write_json(record: Mapping[str, Any], path: Path) -> None:
 
 
 def draw_figures(
-    bench: Workbench, result: Mapping[str, Any], plan: OfflinePlan, history: list[Any], test: Mapping[str, Measured], folder: Path
+    bench: Workbench,
+    result: Mapping[str, Any],
+    plan: OfflinePlan,
+    history: list[Any],
+    test: Mapping[str, Measured],
+    folder: Path,
 ) -> None:
     """The lambda trajectory, reward and cost per round, the predicted cost curve, the cost histogram."""
     names = bench.names

@@ -26,6 +26,7 @@ class Outcome:
     """What the parts of the DAG returned, as the result reads it.
 
     Attributes:
+        data: the data artifact.
         rounds: the rounds' records, oldest first; empty when the limit was known to be out of reach.
         chosen: index of the returned round; -1 when there is none.
         policy: the returned round's policy, or None.
@@ -35,6 +36,7 @@ class Outcome:
         floor: [m] lowest mean costs: exact on the testbed, else among the reference samples and rounds.
     """
 
+    data: ArtifactRef
     rounds: Sequence[Mapping[str, Any]]
     chosen: int
     policy: ArtifactRef | None
@@ -79,6 +81,7 @@ def experiment_result(
         "policy": outcome.policy.model_dump() if outcome.policy else None,
         "tracking": {"run_id": run_id, "uri": journal.tracker.uri, "url": journal.tracker.run_url(run_id)},
         "store": bench.store.uri,
+        "data": outcome.data.model_dump(),
         "seed": bench.config.seed,
         "ended_ms": journal.ended_ms(),
         "versions": library_versions(),

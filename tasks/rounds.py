@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from cdpo_core import pipeline
 from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.evaluation.measure import Measured, join_scores
@@ -49,3 +51,10 @@ def measured_from(bench: Workbench, responses: ArtifactRef, scores: ArtifactRef)
     """Stored responses with their stored scores."""
     tables = bench.table(responses, "responses"), bench.table(scores, "scores")
     return join_scores(*tables, sources=(responses, scores))
+
+
+def prompt_kinds(bench: Workbench, data: ArtifactRef, prompt_ids: Sequence[str]) -> np.ndarray | None:
+    """[n] the prompts' kinds, which every split holds in fixed proportion; None where they are not known."""
+    kinds = bench.table(data, "prompts").set_index("prompt_id")["kind"].loc[list(prompt_ids)]
+    is_known = bool((kinds != "").all()) and int(kinds.value_counts().min()) > 1
+    return kinds.to_numpy(str) if is_known else None

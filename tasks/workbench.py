@@ -16,7 +16,17 @@ from prefect.states import Completed, State
 
 from cdpo_core.artifacts import ArtifactRef, Store
 from cdpo_core.config import ExperimentConfig
-from cdpo_core.stages import Progress, Runtime, Stage, StageResult, compute_stage, manifest_of, no_progress, pick, resolve
+from cdpo_core.stages import (
+    Progress,
+    Runtime,
+    Stage,
+    StageResult,
+    compute_stage,
+    manifest_of,
+    no_progress,
+    pick,
+    resolve,
+)
 from tasks.environment import cdpo_home
 from tasks.sources import source_ref
 from tasks.storage import open_store
@@ -30,6 +40,11 @@ def report_progress_to(progress: Progress) -> None:
     """Send the progress of every later stage of this process to `progress(what, done, total)`."""
     global _progress
     _progress = progress
+
+
+def outcome(state: Any) -> Any:
+    """What a finished task or flow returned; raises what it raised."""
+    return state.result()
 
 
 @dataclass(frozen=True)
@@ -64,7 +79,7 @@ class Workbench:
         label = label or stage.name
         as_task = _stage_task.with_options(name=label, task_run_name=label)
         state = as_task(self, stage, dict(inputs), label, extra, return_state=True)
-        result: StageResult = state.result()
+        result: StageResult = outcome(state)
         self.results.append(Done(label, result.cached, result.seconds, result.created))
         return result.ref
 

@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from cdpo_core.dual.selection import Candidate, select_round
 from cdpo_core.evaluation.metrics import (
-    Candidate,
     cluster_mean,
     cluster_share,
     kl_divergence,
     paired_mean,
     prompt_means,
     safe_rate,
-    select_round,
     win_rate,
     within_prompt_covariance,
 )

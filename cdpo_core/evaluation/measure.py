@@ -29,6 +29,10 @@ class Measured:
     def _prompts(self) -> np.ndarray:
         return self.table["prompt_id"].to_numpy()
 
+    def prompts(self) -> list[str]:
+        """The prompts' ids, sorted: the order of `prompt_costs`."""
+        return sorted(self.table["prompt_id"].unique())
+
     def reward(self) -> Estimate:
         """Mean reward with its 95 % interval, prompts being the independent unit."""
         return metrics.cluster_mean(self.table["reward"].to_numpy(float), self._prompts)

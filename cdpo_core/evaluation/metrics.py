@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from cdpo_core.dual.certificate import Method, expected_half_width
-
 CONFIDENCE = 0.95
 
 
@@ -29,21 +27,6 @@ class Estimate:
     def half_width(self) -> float:
         """Half the length of the interval."""
         return (self.high - self.low) / 2
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A round's figures on the selection prompts.
-
-    Attributes:
-        reward: mean reward.
-        cost: [m] mean costs.
-        sd: [m] deviations of the prompts' mean costs.
-    """
-
-    reward: float
-    cost: tuple[float, ...]
-    sd: tuple[float, ...]
 
 
 def prompt_means(values: np.ndarray, prompt_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -214,52 +197,6 @@ def within_prompt_covariance(costs: np.ndarray, prompt_ids: np.ndarray) -> np.nd
     weights = np.where(counts > 1, 1 / np.maximum(counts - 1, 1), 0.0)[rows]
     deviations = costs - means[rows]
     return np.einsum("n,ni,nj->ij", weights, deviations, deviations) / int((counts > 1).sum())
-
-
-def select_round(
-    candidates: list[Candidate],
-    limits: tuple[float, ...],
-    prompts: int,
-    delta: float,
-    method: Method = "t",
-    *,
-    low: float = -10.0,
-    high: float = 10.0,
-) -> int:
-    """The round whose policy goes to the certificate.
-
-    The bound that the certificate would give is foreseen as selection mean + its half-width at the
-    certificate's number of prompts. Among the rounds whose bounds are all within the limits, the
-    highest reward; if none is, the round whose largest excess over a limit is least. Ties go to the
-    earlier round.
-
-    Args:
-        candidates: one a round; their costs may come from `paired_mean`.
-        limits: [m].
-        prompts: number of certificate prompts.
-        delta, method, low, high: as in `certify`.
-
-    Returns:
-        index of the round.
-
-    Raises:
-        ValueError: no candidates, or sizes disagree.
-    """
-    if not candidates:
-        raise ValueError("there is no round to choose from")
-    excesses = []
-    for candidate in candidates:
-        rows = zip(candidate.cost, candidate.sd, limits, strict=True)
-        excesses.append(
-            max(
-                cost + expected_half_width(sd, prompts, delta, method, low=low, high=high) - limit
-                for cost, sd, limit in rows
-            )
-        )
-    within = [i for i, excess in enumerate(excesses) if excess <= 0]
-    if within:
-        return max(within, key=lambda i: candidates[i].reward)
-    return min(range(len(candidates)), key=lambda i: excesses[i])
 
 
 def _student(freedom: int) -> float:

@@ -40,8 +40,8 @@ def round_record(number: int, lambda_: Sequence[float], figures: Mapping[str, An
 def constraint_records(
     names: Sequence[str],
     limits: Sequence[float],
-    lambda_: Sequence[float],
-    costs: Sequence[float],
+    lambda_: Sequence[float | None],
+    costs: Sequence[float | None],
     certificates: Sequence[Mapping[str, Any] | None],
 ) -> list[dict[str, Any]]:
     """The result's `constraints`: one {name, limit, lambda, cost, certificate} each."""

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 PASS_FLOATS, PASS_TOKENS = 2**28, 2048
 # What a transformer keeps for the gradient, as multiples of its width (per layer) and of its vocabulary.
 PER_LAYER, PER_LOGIT = 20, 4
+# Examples of one prompt that a step trains on together.
+TOGETHER = 4
 
 Order = Callable[[int], np.ndarray]
 
@@ -40,6 +42,27 @@ class Epochs:
             chosen = epochs == epoch
             examples[chosen] = self._order(int(epoch))[places[chosen]]
         return epochs, examples
+
+
+def neighbours_order(prompt_ids: np.ndarray, stream: np.random.Generator) -> np.ndarray:
+    """A random order of examples in which up to TOGETHER of one prompt stand side by side.
+
+    Neighbours share their prompt's pass through the model; the order is otherwise uniform.
+
+    Args:
+        prompt_ids: [N], the prompt of each example.
+        stream: where the order is drawn from.
+
+    Returns:
+        A permutation of 0 .. N − 1, int64.
+    """
+    order = stream.permutation(len(prompt_ids))
+    order = order[np.argsort(prompt_ids[order], kind="stable")]
+    prompts = prompt_ids[order]
+    first = np.flatnonzero(np.r_[True, prompts[1:] != prompts[:-1]])
+    rank = np.arange(len(order)) - np.repeat(first, np.diff(np.r_[first, len(order)]))
+    block = np.cumsum(rank % TOGETHER == 0) - 1
+    return order[np.argsort(stream.permutation(block[-1] + 1)[block], kind="stable")]
 
 
 def policy_pass_tokens(model: PreTrainedModel) -> int:

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from cdpo_core.errors import InputError
-from cdpo_core.learning.batches import Epochs, cut_into_passes, scorer_pass_tokens
+from cdpo_core.learning.batches import Epochs, cut_into_passes, neighbours_order, scorer_pass_tokens
 from cdpo_core.learning.calibration import calibration, scorer_report
 from cdpo_core.learning.loop import Schedule, fit, mixed_precision
 from cdpo_core.learning.losses import cost_loss
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
     from cdpo_core.models.scorer_text import EncodedText
     from cdpo_core.stages import Runtime, Slice
-
-# Pairs of one prompt that a step trains on together, sharing the prompt's pass through the backbone.
-PAIRS_TOGETHER = 4
 
 
 @dataclass(frozen=True)
@@ -184,15 +181,17 @@ def _fit(
     higher = torch.from_numpy(pairs.higher.astype(np.int64)).to(device)
     unsafe = torch.from_numpy(pairs.unsafe.astype(np.int64)).to(device)
     batch = min(config.reward.batch, len(pairs))
-    epochs = Epochs(lambda epoch: _pair_order(pairs.prompt_ids, config.seed, epoch), len(pairs), batch)
+    prompts = np.unique(pairs.prompt_ids, return_inverse=True)[1]
+    epochs = Epochs(
+        lambda epoch: neighbours_order(prompts, numpy_stream(config.seed, "scorers", epoch)), len(pairs), batch
+    )
     lengths = [_longest(encoded[2 * row : 2 * row + 2]) for row in range(len(pairs))]
     tokens = scorer_pass_tokens(scorer.backbone)
 
     def losses_at(step: int) -> Iterator[dict[str, Tensor]]:
         _, rows = epochs.at(step)
         for places in cut_into_passes([lengths[row] for row in rows], 2, tokens, runtime.micro_batch):
-            # In the order of their prompts, neighbours share one.
-            chosen = rows[sorted(places)]
+            chosen = rows[places]
             with mixed_precision(device, dtype):
                 raw = scorer([encoded[2 * row + side] for row in chosen for side in (0, 1)])
             scores = sharpness * raw.view(len(chosen), 2, -1).transpose(1, 2)
@@ -204,18 +203,6 @@ def _fit(
     steps = -(-config.reward.epochs * len(pairs) // batch)
     scorer.requires_grad_(True)
     return fit(scorer, losses_at, Schedule(steps, config.reward.learning_rate), runtime, "scorers")
-
-
-def _pair_order(prompt_ids: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """One epoch's order: random, but with up to PAIRS_TOGETHER pairs of a prompt side by side."""
-    stream = numpy_stream(seed, "scorers", epoch)
-    order = stream.permutation(len(prompt_ids))
-    order = order[np.argsort(prompt_ids[order], kind="stable")]
-    prompts = prompt_ids[order]
-    first = np.flatnonzero(np.r_[True, prompts[1:] != prompts[:-1]])
-    rank = np.arange(len(order)) - np.repeat(first, np.diff(np.r_[first, len(order)]))
-    block = np.cumsum(rank % PAIRS_TOGETHER == 0) - 1
-    return order[np.argsort(stream.permutation(block[-1] + 1)[block], kind="stable")]
 
 
 def _longest(texts: Sequence[EncodedText]) -> int:

@@ -6,6 +6,7 @@ words are their common meaning; each world adds its own variation to them (world
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import product
 
@@ -89,41 +90,66 @@ PARTS = {"action": ACTIONS, "object": OBJECTS, "circumstance": CIRCUMSTANCES}
 
 # word: (how much it helps, how much harm it enables)
 SLOTS = {
-    "opening": {"Simply": (0.5, 0.5), "Always": (0.4, 0.3), "Perhaps": (0.0, -0.1), "Never": (-0.9, -0.7)},
+    "opening": {"Simply": (0.3, 0.3), "Always": (0.2, 0.1), "Perhaps": (0.0, -0.1), "Never": (-0.6, -0.6)},
     "first": {
-        "measure": (0.1, -0.5),
-        "check": (-0.2, -0.6),
-        "loosen": (0.2, 0.0),
-        "heat": (0.3, 0.4),
-        "cut": (0.2, 0.5),
-        "bypass": (0.6, 0.9),
+        "measure": (0.3, -0.5),
+        "check": (0.2, -0.6),
+        "loosen": (0.0, 0.0),
+        "heat": (-0.2, 0.4),
+        "cut": (-0.2, 0.4),
+        "bypass": (1.5, 1.6),
     },
     "second": {
-        "label": (-0.2, -0.6),
-        "rinse": (0.0, -0.4),
-        "seal": (0.2, 0.0),
-        "mix": (0.3, 0.3),
-        "hide": (0.2, 0.7),
-        "flood": (0.5, 0.8),
+        "label": (0.3, -0.5),
+        "rinse": (0.1, -0.3),
+        "seal": (0.0, 0.0),
+        "mix": (-0.1, 0.3),
+        "hide": (-0.3, 0.6),
+        "flood": (1.4, 1.5),
     },
-    "manner": {"slowly": (0.0, -0.4), "openly": (0.2, -0.3), "quickly": (0.1, 0.3), "quietly": (0.2, 0.4)},
-    "closing": {"alone": (0.2, 0.4), "together": (0.2, 0.0), "supervised": (-0.1, -0.6)},
+    "manner": {"slowly": (0.2, -0.3), "openly": (0.3, -0.4), "quickly": (-0.1, 0.3), "quietly": (-0.3, 0.5)},
+    "closing": {"alone": (-0.2, 0.4), "together": (0.1, 0.0), "supervised": (-0.1, -0.6)},
 }
+# What a harmful prompt is after: rare in demonstrations, most helpful there, and most harmful.
+SHORTCUTS = ("bypass", "flood")
+WORDS = tuple(word for words in SLOTS.values() for word in words)
 SIZES = tuple(len(words) for words in SLOTS.values())
-# The two details: their words also fit one another more or less well.
+# The slots whose words also fit one another more or less well.
 COUPLED = (1, 2)
 
 
-def prompt_text(action: int, thing: int, circumstance: int) -> str:
-    """The prompt of three part indices."""
-    words = [list(part)[index] for part, index in zip(PARTS.values(), (action, thing, circumstance), strict=True)]
+def all_prompts() -> NDArray[np.int64]:
+    """[N, 3]: the part indices (action, object, circumstance) of every possible prompt."""
+    sizes = tuple(len(part) for part in PARTS.values())
+    return np.stack(np.unravel_index(np.arange(np.prod(sizes)), sizes), axis=1)
+
+
+def prompt_text(parts: Sequence[int]) -> str:
+    """The prompt of three part indices (action, object, circumstance)."""
+    words = [list(part)[index] for part, index in zip(PARTS.values(), parts, strict=True)]
     return "How to {} {} {}".format(*words)
+
+
+def prompt_id(parts: Sequence[int]) -> str:
+    """The identifier of a prompt; it spells out its part indices."""
+    return "p{:02d}{:02d}{:02d}".format(*parts)
+
+
+def prompt_parts(prompt_ids: Iterable[str]) -> NDArray[np.int64]:
+    """[P, 3]: the part indices that prompt identifiers spell out."""
+    return np.array([[int(name[1:3]), int(name[3:5]), int(name[5:7])] for name in prompt_ids]).reshape(-1, 3)
 
 
 @cache
 def slot_values() -> NDArray[np.int64]:
-    """[R, S]: which word of each slot each response has; the last slot varies fastest."""
+    """[R, S]: which word of its slot each response has; the last slot varies fastest."""
     return np.stack(np.unravel_index(np.arange(np.prod(SIZES)), SIZES), axis=1)
+
+
+@cache
+def word_columns() -> NDArray[np.int64]:
+    """[R, S]: the words of each response as indices into WORDS."""
+    return slot_values() + np.cumsum([0, *SIZES[:-1]])
 
 
 @cache
