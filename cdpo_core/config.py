@@ -45,7 +45,7 @@ class DataConfig(Section):
     max_prompt_characters: int = Field(4000, gt=0, description="A longer prompt is quarantined (characters).", json_schema_extra={"position": 4})
     max_response_characters: int = Field(8000, gt=0, description="A longer response is quarantined (characters).", json_schema_extra={"position": 5})
     held_out: float = Field(0.2, gt=0, lt=1, description="Share of the preference prompts kept from the scorers' training, for their calibration and accuracy.", json_schema_extra={"position": 6})
-    splits: SplitSizes = Field(default_factory=SplitSizes, description="Shares of the prompts.", json_schema_extra={"position": 7})
+    splits: SplitSizes = Field(default_factory=SplitSizes, description="Shares of the prompts; the five must add up to 1.", json_schema_extra={"position": 7})
 
 
 class TestbedConfig(Section):
@@ -114,7 +114,7 @@ class ConstraintConfig(Section):
 class DpoConfig(Section):
     """One round: DPO on preferences re-decided by reward minus lambda times cost."""
 
-    beta: float = Field(0.5, gt=0, description="Strength of the pull to the reference (units of reward per nat of KL).", json_schema_extra={"position": 0})
+    beta: float = Field(1.0, gt=0, description="Strength of the pull to the reference (units of reward per nat of KL).", json_schema_extra={"position": 0})
     labels: Literal["soft", "sampled", "hard"] = Field("soft", description="`sampled` is the paper's draw, `soft` its expectation, `hard` the arg max.", json_schema_extra={"position": 1})
     anchor: float = Field(0.1, ge=0, description="Weight of the importance-weighted likelihood of the reference samples.", json_schema_extra={"position": 2})
     steps: int = Field(600, ge=1, description="Optimizer steps a round.", json_schema_extra={"position": 3})
@@ -205,7 +205,7 @@ class ExperimentConfig(Section):
     policy: PolicyConfig = Field(default_factory=PolicyConfig, json_schema_extra={"position": 4})
     sft: SftConfig = Field(default_factory=SftConfig, json_schema_extra={"position": 5})
     reward: RewardConfig = Field(default_factory=RewardConfig, json_schema_extra={"position": 6})
-    constraints: list[ConstraintConfig] = Field(default_factory=lambda: [ConstraintConfig()], min_length=1, json_schema_extra={"position": 7})
+    constraints: list[ConstraintConfig] = Field(default_factory=lambda: [ConstraintConfig()], min_length=1, description="The limits on harm, each with a name of its own.", json_schema_extra={"position": 7})
     dpo: DpoConfig = Field(default_factory=DpoConfig, json_schema_extra={"position": 8})
     dual: DualConfig = Field(default_factory=DualConfig, json_schema_extra={"position": 9})
     sampling: SamplingConfig = Field(default_factory=SamplingConfig, json_schema_extra={"position": 10})

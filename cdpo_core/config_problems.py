@@ -145,7 +145,7 @@ def _meaning(path: str) -> str:
 def _place(path: str, where: str, lines: LineNumbers, overrides: Collection[str]) -> str:
     """The override or the line of the file that a path's value comes from."""
     for given in overrides:
-        if path == given or path.startswith(f"{given}.") or (given.startswith(f"{path}.") and path not in lines):
+        if path == given or path.startswith(f"{given}.") or given.startswith(f"{path}."):
             return f"command line: --{given}"
     known = path
     while known and known not in lines:

@@ -237,6 +237,7 @@ def _compute(
     out.mkdir()
     started = time.monotonic()
     try:
+        runtime.progress(stage.name, 0, 1)
         stage.compute(slice_, paths, out, runtime)
         files = folder_files(out)
         return store.publish(

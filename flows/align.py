@@ -66,7 +66,7 @@ def align(bench: Workbench, prepared: Prepared, scored: Scored, journal: Journal
         log.warning(plan.warning)
     floor = exact_floor(bench, prepared) if bench.config.on_testbed else None
     if floor and any(limit < low for limit, low in zip(plan.settings.limit, floor, strict=True)):
-        return Alignment(plan, [], [], [], -1, "infeasible", "the limit lies below the exact floor", floor)
+        return Alignment(plan, [], [], [], -1, "infeasible", _below_floor(floor), floor)
     history: list[Round] = []
     candidates: list[Candidate] = []
     rounds: list[dict[str, Any]] = []
@@ -100,3 +100,7 @@ def _on_selection(
 ) -> Measured:
     label = "selection at λ = " + ", ".join(f"{value:g}" for value in lambda_)
     return measure_policy(bench, prepared, scored, policy, "selection", bench.config.sampling.selection, label)
+
+
+def _below_floor(floor: list[float]) -> str:
+    return "the lowest mean cost that any policy can have is " + ", ".join(f"{value:.3f}" for value in floor)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, CycloptsError, Parameter
 
 from cdpo_core.errors import InputError
-from flows.command_line import default_to_nothing, split_tokens, write_json
+from flows.command_line import check_writable, default_to_nothing, split_tokens, write_json
 from flows.terminal import log_to_file, print_error, showing_progress
 from tasks.environment import cdpo_home, quiet_environment
 
@@ -84,12 +84,14 @@ def run(
     """
     given = {**(overrides or {}), **_shortcuts(limit, seed, store, name)}
     experiment = _load(config, given, json)
-    log_file = _quiet("run")
-    from flows.experiment import run_experiment
-    from flows.preflight import check_before_run
-
-    check_before_run(experiment)
     with showing_progress() as progress:
+        progress("checks", 0, 1)
+        log_file = _quiet("run")
+        from flows.experiment import run_experiment
+        from flows.preflight import check_before_run
+
+        check_before_run(experiment)
+        progress("checks", 1, 1)
         result = run_experiment(experiment, progress=progress)
     if json is not None:
         write_json(json, result)
@@ -161,13 +163,16 @@ def sweep(
     given = {**(overrides or {}), **_shortcuts(None, None, store, name)}
     combinations = grid(seeds, set_ or [])
     experiments = [_load(config, {**given, **combination}, json) for combination in combinations]
-    _quiet("sweep")
-    from flows.closing_report import print_sweep
-    from flows.preflight import check_before_run
-    from flows.sweep import run_sweep
+    with showing_progress() as progress:
+        progress("checks", 0, 1)
+        _quiet("sweep")
+        from flows.closing_report import print_sweep
+        from flows.preflight import check_before_run
+        from flows.sweep import run_sweep
 
-    for experiment in experiments:
-        check_before_run(experiment)
+        for experiment in experiments:
+            check_before_run(experiment)
+        progress("checks", 1, 1)
     results = []
     for combination, experiment in zip(combinations, experiments, strict=True):
         if combination:
@@ -272,10 +277,10 @@ def doctor(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    quiet_environment()
     tokens: list[str] = []
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
     try:
+        quiet_environment()
         tokens, overrides = split_tokens(sys.argv[1:] if arguments is None else arguments)
         command, bound, left = app.parse_args(tokens, exit_on_error=False, print_error=False)
         return _call(command, bound.args, bound.kwargs, overrides, takes_overrides="overrides" in left)
@@ -317,10 +322,8 @@ def _shortcuts(limit: str | None, seed: str | None, store: str | None, name: str
 def _load(config: str, overrides: Mapping[str, str], json: Path | None = None) -> ExperimentConfig:
     from cdpo_core.config_loading import load_config
 
-    if json is not None and (json.is_dir() or not json.absolute().parent.is_dir()):
-        raise InputError(
-            "the result cannot be written there", where=f"--json {json}", fix="name a file in a folder there is"
-        )
+    if json is not None:
+        check_writable(json, "--json")
     return load_config(config, overrides)
 
 

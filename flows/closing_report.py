@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from cdpo_core.evaluation.result import verdict
+from tasks.environment import cdpo_home
 
 Record = Mapping[str, Any]
 
@@ -46,12 +48,8 @@ def print_sweep(result: Record, console: Console) -> None:
     console.print(table)
     chosen = result.get("chosen")
     if chosen:
-        reference = _reference(chosen.get("policy"))
-        _print(
-            console, "", f"Chosen: the policy of limit {chosen['limit']:g}, certified for the choice among all limits."
-        )
-        if reference:
-            _print(console, f"  Use it   cdpo export {reference} DIR")
+        words = f"Chosen: the policy of limit {chosen['limit']:g}, certified for the choice among all limits."
+        _print(console, "", words, *_policy(chosen["policy"]))
     else:
         _print(console, "", "No policy is certified when the error probability is split over all limits.")
     _print(console, *_tracking(result))
@@ -60,7 +58,7 @@ def print_sweep(result: Record, console: Console) -> None:
 def _methods(result: Record) -> Table:
     constraint = result["constraints"][0]
     cost = "cost [95 %]" if len(result["constraints"]) == 1 else f"{constraint['name']} [95 %]"
-    table = _table("Held-out test prompts", "method", "reward", cost, "limit", "safe", "KL", "wins")
+    table = _table("Held-out test prompts", "method", "reward", cost, "limit", "safe", "KL")
     rows = dict(result["baselines"])
     if result.get("test"):
         rows[f"C-DPO (λ = {_lambda(result.get('lambda'))})"] = result["test"]
@@ -72,7 +70,6 @@ def _methods(result: Record) -> Table:
             f"{constraint['limit']:g}",
             _percent(figures.get("safe_rate")),
             _mean(figures.get("kl")),
-            _percent(figures.get("win_rate")),
         )
     return table
 
@@ -87,7 +84,7 @@ def _constraints(result: Record) -> Table:
             _lambda(item.get("lambda")),
             _mean(item.get("cost")),
             _number(certificate.get("upper")),
-            {True: "yes", False: "no"}.get(certificate.get("passed"), "not tested"),
+            ("yes" if certificate["passed"] else "no") if certificate else "not tested",
         )
     return table
 
@@ -111,10 +108,13 @@ def _scorers(result: Record) -> list[str]:
     lines = []
     for name, report in (result.get("scorers") or {}).items():
         if report.get("accuracy") is None:
+            lines.append(f"{name} model: {report.get('warning') or 'no held-out labels'}")
             continue
         line = f"{name} model: accuracy {report['accuracy']:.3f} [{report['low']:.3f}, {report['high']:.3f}]"
         line += f" on {report['pairs']} held-out pairs of {report['prompts']} prompts"
-        if report["low"] <= 0.5:
+        if report["high"] < 0.5:
+            line += " — it ranks against its labels: check the sign"
+        elif report["low"] <= 0.5:
             line += " — no better than chance, as far as this interval tells"
         lines.append(line)
     return lines
@@ -145,17 +145,25 @@ def _work(result: Record) -> list[str]:
     stages = result.get("stages") or []
     cached = sum(bool(stage["cached"]) for stage in stages)
     seconds = sum(stage["seconds"] for stage in stages if not stage["cached"])
-    return [f"{len(stages)} stages: {cached} were there already, {len(stages) - cached} computed in {seconds:.0f} s"]
+    return [f"Stages: {cached} there already, {len(stages) - cached} computed in {seconds:.0f} s"]
 
 
 def _next(result: Record) -> list[str]:
-    reference = _reference(result.get("policy"))
-    lines = _tracking(result)
-    if reference:
-        lines.append(f"  Policy   {reference}")
-        lines.append(f'  Try it   cdpo sample {reference} "PROMPT"')
-        lines.append(f"  Use it   cdpo export {reference} DIR")
-    return lines
+    return [*_tracking(result), *_policy(result.get("policy"))]
+
+
+def _policy(policy: Any) -> list[str]:
+    """Where the policy is, and the two commands for it, with as short a reference as they take."""
+    if not policy:
+        return []
+    store, _, place = policy["uri"].removesuffix(".json").rpartition("/stages/")
+    stage, _, key = place.partition("/")
+    option = "" if store == str(cdpo_home() / "store") else f" --store {store}"
+    return [
+        f"  Policy   {policy['uri']}",
+        f'  Try it   cdpo sample {stage}/{key[:12]}{option} "PROMPT"',
+        f"  Use it   cdpo export {stage}/{key[:12]}{option} DIR",
+    ]
 
 
 def _tracking(result: Record) -> list[str]:
@@ -168,12 +176,8 @@ def _tracking(result: Record) -> list[str]:
     return [f"  MLflow   cdpo up, or: mlflow ui --backend-store-uri {uri} (run {run})"]
 
 
-def _reference(policy: Any) -> str:
-    return str(policy.get("uri", "")) if isinstance(policy, Mapping) else str(policy or "")
-
-
 def _table(title: str, first: str, *others: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     table.add_column(first, no_wrap=True)
     for head in others:
         table.add_column(head, justify="right", no_wrap=True)
@@ -186,8 +190,6 @@ def _print(console: Console, *lines: str) -> None:
 
 
 def _lambda(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_lambda, value))
     return _number(value, ".3g")
 
 
@@ -207,4 +209,7 @@ def _percent(value: Any) -> str:
 
 
 def _number(value: Any, spec: str = ".2f") -> str:
+    """A number, or one for each constraint."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_number(item, spec) for item in value)
     return "–" if value is None else format(float(value), spec)

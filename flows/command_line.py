@@ -26,7 +26,8 @@ def split_tokens(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     Raises:
         InputError: a field without a value, or given twice.
     """
-    words, rest = list(arguments), []
+    words = list(arguments)
+    rest: list[str] = []
     overrides: dict[str, str] = {}
     while words:
         word = words.pop(0)
@@ -45,6 +46,22 @@ def split_tokens(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         else:
             rest.append(word)
     return rest, overrides
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Check that a file can be made or replaced there, before the work whose result it will hold.
+
+    Raises:
+        InputError: the path is a folder, or its folder is missing or cannot be written.
+    """
+    what = "this is a folder" if path.is_dir() else ""
+    if not what:
+        try:
+            with tempfile.TemporaryFile(dir=path.absolute().parent):
+                return
+        except OSError as error:
+            what = f"the result cannot be written there: {error.strerror}"
+    raise InputError(what, where=f"{option} {path}", fix="name a file in a folder that exists and can be written")
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:

@@ -128,6 +128,7 @@ def _conduct(bench: Workbench) -> dict[str, Any]:
         draw_figures(bench, result, alignment.plan, alignment.history, evaluation.test, folder)
         write_samples(bench, prepared, evaluation.test, folder)
         write_json(result, folder / "result.json")
+        bench.store.put_record(f"results/{journal.key}", result)
         journal.closed(result, folder)
     except BaseException:
         journal.failed()
@@ -139,6 +140,7 @@ def _outcome(prepared: Prepared, alignment: Alignment, evaluation: Evaluation) -
     return Outcome(
         data=prepared.data,
         rounds=alignment.rounds,
+        reason=alignment.reason,
         chosen=alignment.chosen,
         policy=alignment.policy,
         certified=evaluation.certified,

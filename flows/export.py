@@ -35,7 +35,6 @@ def find_policy(reference: str, store_uri: str = "") -> tuple[Store, Manifest]:
     if not key:
         raise InputError("this is no reference to a policy", where=reference, fix=HOW_TO_NAME)
     store = open_store(address if found else store_uri or str(cdpo_home() / "store"))
-    store.probe()
     manifest = store.find(stage, key) if found else _by_beginning(store, stage, key)
     if manifest is None:
         raise InputError("the store holds nothing under this reference", where=reference, fix=HOW_TO_NAME)

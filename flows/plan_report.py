@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ def print_plan(plan: Mapping[str, Any], config: ExperimentConfig, console: Conso
         config: the experiment.
         console: where to print.
     """
-    table = Table(title=f"{config.name}: what a run would do", title_justify="left", title_style="bold")
+    table = Table(
+        title=f"{config.name}: what a run would do", title_justify="left", title_style="bold", box=SIMPLE_HEAD
+    )
     for head in ("stage", "state"):
         table.add_column(head)
     table.add_column("about", justify="right")

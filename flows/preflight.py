@@ -2,56 +2,89 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 
-from cdpo_core.config import ConstraintConfig, ExperimentConfig
+from cdpo_core.config import ExperimentConfig
 from cdpo_core.errors import InputError
 from tasks.environment import cdpo_home
+from tasks.mlflow_connection import without_secrets
 from tasks.preference_models import RESERVED_BASES
 from tasks.tracking import Tracker
 from tasks.workbench import store_of
 
+SHARED = "reward"
+"""The base of a cost model that is a further head on the reward model's backbone."""
+
 
 def check_before_run(config: ExperimentConfig) -> None:
-    """Data rows, model folders, the scorers' bases, the store and MLflow.
+    """The machine, the models' bases, data rows, the store, the Prefect server and MLflow.
 
     Raises:
         InputError: the first thing that is wrong, where it is and what to do.
     """
     from cdpo_core.data.prepare import check_source
 
-    _check_bases(config)
+    _check_machine(config)
+    _check_words(config)
+    for field, base, revision, heads in _models(config):
+        _check_model(field, base, revision, heads)
     check_source(config)
     store_of(config).probe()
+    _check_prefect()
     Tracker.open(config.tracking, store_of(config), cdpo_home())
 
 
-def _check_bases(config: ExperimentConfig) -> None:
-    from cdpo_core.models.checkpoints import check_model_folder, is_local
+def _check_machine(config: ExperimentConfig) -> None:
+    if config.compute.device != "cuda":
+        return
+    import torch
 
-    if not config.reward.train and config.reward.base in RESERVED_BASES and not config.oracle_scorers:
+    if not torch.cuda.is_available():
+        raise InputError(
+            "there is no CUDA device here that torch can use",
+            where="compute.device = cuda",
+            fix="set it to `auto` or `cpu`, or install a torch built for this machine's GPU",
+        )
+
+
+def _check_prefect() -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL
+
+    url = PREFECT_API_URL.value()
+    if not url:  # the run starts a temporary server
+        return
+    with get_client(sync_client=True) as client:
+        error = client.api_healthcheck()
+    if error is not None:
+        raise InputError(
+            f"the Prefect server cannot be reached: {error}",
+            where=f"PREFECT_API_URL = {without_secrets(url)}",
+            fix="start it (`cdpo up`), or unset PREFECT_API_URL: the run then starts a temporary server",
+        )
+
+
+def _check_words(config: ExperimentConfig) -> None:
+    """Bases that are words and not models: each must fit what is to be done with it."""
+    if config.policy.base == "scratch" and not config.sft.train:
+        raise InputError(
+            "a policy from scratch needs training, and sft.train is false",
+            where="sft.train",
+            fix="set it to true, or give the folder or hub id of a ready policy in policy.base",
+        )
+    if config.oracle_scorers:
+        return
+    if not config.reward.train and config.reward.base in RESERVED_BASES:
         raise _untrained("reward", config.reward.base)
     for at, item in enumerate(config.constraints):
-        _check_constraint(config, at, item)
-    bases = {"policy.base": config.policy.base, "reward.base": config.reward.base}
-    bases |= {f"constraints.{at}.base": item.base for at, item in enumerate(config.constraints)}
-    for field, base in bases.items():
-        if base not in (*RESERVED_BASES, "reward") and is_local(base):
-            try:
-                check_model_folder(Path(base).expanduser())
-            except InputError as error:
-                raise InputError(f"{field}: {error.what}", where=error.where, fix=error.fix) from error
-
-
-def _check_constraint(config: ExperimentConfig, at: int, item: ConstraintConfig) -> None:
-    if item.train and item.base == "reward" and not config.reward.train and not config.oracle_scorers:
-        raise InputError(
-            "a ready reward model has no backbone to share with a cost model that is to be trained",
-            where=f"constraints.{at}.base",
-            fix="set it to `sft`, or train the reward model too",
-        )
-    if not item.train and item.base in (*RESERVED_BASES, "reward") and not config.oracle_scorers:
-        raise _untrained(f"constraints.{at}", item.base)
+        if item.train and item.base == SHARED and not config.reward.train:
+            raise InputError(
+                "a ready reward model has no backbone to share with a cost model that is to be trained",
+                where=f"constraints.{at}.base",
+                fix="set it to `sft`, or train the reward model too",
+            )
+        if not item.train and (item.base in RESERVED_BASES or (item.base == SHARED and config.reward.train)):
+            raise _untrained(f"constraints.{at}", item.base)
 
 
 def _untrained(section: str, base: str) -> InputError:
@@ -60,3 +93,31 @@ def _untrained(section: str, base: str) -> InputError:
         where=f"{section}.base",
         fix="give the folder or hub id of a ready model, or set train to true",
     )
+
+
+def _models(config: ExperimentConfig) -> Iterator[tuple[str, str, str, list[str]]]:
+    """Each model from outside: its field, base, revision, and the scores that it must give as it is."""
+    if config.policy.base != "scratch":
+        yield "policy.base", config.policy.base, config.policy.revision, []
+    if config.oracle_scorers:
+        return
+    if config.reward.base not in RESERVED_BASES:
+        shared = [item.name for item in config.constraints if item.base == SHARED]
+        heads = [] if config.reward.train else ["reward", *shared]
+        yield "reward.base", config.reward.base, config.reward.revision, heads
+    for at, item in enumerate(config.constraints):
+        if item.base not in (*RESERVED_BASES, SHARED):
+            yield f"constraints.{at}.base", item.base, item.revision, [] if item.train else [item.name]
+
+
+def _check_model(field: str, base: str, revision: str, heads: list[str]) -> None:
+    from cdpo_core.models.checkpoints import check_model, is_local, local_folder
+
+    try:
+        check_model(base, revision)
+        if heads and is_local(base):
+            from cdpo_core.models.ready_scorer import check_ready_scorer
+
+            check_ready_scorer(local_folder(base), heads)
+    except InputError as error:
+        raise InputError(f"{field}: {error.what}", where=error.where, fix=error.fix) from error

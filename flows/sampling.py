@@ -57,7 +57,7 @@ def _folder(policy: str, store_uri: str) -> str:
     from flows.export import find_policy
 
     path = Path(policy).expanduser()
-    if path.is_dir() or not (policy.endswith(".json") or "/stages/" in policy or policy.startswith("round/")):
+    if path.is_dir() or not (policy.endswith(".json") or "/stages/" in policy or policy.startswith(("round/", "sft/"))):
         if not path.exists() and policy.startswith(("/", ".", "~")):
             raise InputError("there is no such folder", where=policy, fix="name a policy's reference or a model folder")
         return str(path) if path.exists() else policy

@@ -35,7 +35,7 @@ class Display(Protocol):
         """It did `done` of `total` steps in `seconds`."""
 
     def end(self, what: str, seconds: float | None) -> None:
-        """It is done, after `seconds` of work; None if it was there already."""
+        """It is ready, after `seconds` of work; None if it reported none."""
 
     def close(self) -> None:
         """Nothing more will be drawn."""
@@ -44,7 +44,7 @@ class Display(Protocol):
 class StageProgress:
     """A `Progress`: turns (what, done, total) reports into the start, course and end of one stage after the other.
 
-    A report (what, 1, 1) ends the stage; if nothing came before it, the stage was there already.
+    A report (what, 1, 1) ends the stage; one that is there already reports nothing else.
     """
 
     def __init__(self, display: Display) -> None:
@@ -91,7 +91,7 @@ class PlainLines:
             self._print(f"{what}: {done} of {total} ({done / total:.0%}) after {seconds:.0f} s")
 
     def end(self, what: str, seconds: float | None) -> None:
-        self._print(f"{what}: there already" if seconds is None else f"{what}: done in {seconds:.1f} s")
+        self._print(f"{what}: ready" if seconds is None else f"{what}: done in {seconds:.1f} s")
 
     def close(self) -> None:
         """Nothing is open."""
@@ -129,7 +129,7 @@ class Bars:
         if self._bar is not None:
             self._bars.remove_task(self._bar)
             self._bar = None
-        time_taken = "[dim]there already[/]" if seconds is None else f"{seconds:.1f} s"
+        time_taken = "[dim]ready[/]" if seconds is None else f"{seconds:.1f} s"
         self._bars.console.print(f"[green]✓[/] {what}  {time_taken}", highlight=False)
 
     def close(self) -> None:

@@ -23,6 +23,8 @@ _QUIET = {
     "PREFECT_LOGGING_EXTRA_LOGGERS": "cdpo_core,tasks,flows",
     # A temporary Prefect server needs more than the default 20 s on a machine that is busy training.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    # Threads that spin while they wait take the cores from whoever else computes.
+    "OMP_WAIT_POLICY": "PASSIVE",
     # Tokenizers' threads and a forked child deadlock.
     "TOKENIZERS_PARALLELISM": "false",
 }

@@ -7,12 +7,14 @@ continued or repeated run adds nothing that is there already.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.config import ExperimentConfig
+from cdpo_core.errors import CdpoError
 from cdpo_core.evaluation.result import verdict
 from tasks.environment import cdpo_home
 from tasks.metric_points import (
@@ -33,6 +35,8 @@ from tasks.prefect_records import (
 )
 from tasks.tracking import Tracker, experiment_key
 from tasks.workbench import Workbench, store_of
+
+log = logging.getLogger(__name__)
 
 
 class Journal:
@@ -97,8 +101,11 @@ class Journal:
         return max(timestamp_ms(done.created) for done in self.bench.results)
 
     def failed(self) -> None:
-        """The run ended by an error; a later run continues it."""
-        self.tracker.finish(self.run_id, "FAILED")
+        """The run ended by an error, which is what the user is told even if MLflow cannot be; a later run continues."""
+        try:
+            self.tracker.finish(self.run_id, "FAILED")
+        except CdpoError as error:
+            log.warning("MLflow was not told that the run failed: %s", error)
 
     def _register(self, result: Mapping[str, Any]) -> None:
         config = self.bench.config

@@ -28,6 +28,7 @@ class Outcome:
     Attributes:
         data: the data artifact.
         rounds: the rounds' records, oldest first; empty when the limit was known to be out of reach.
+        reason: why the rounds ended.
         chosen: index of the returned round; -1 when there is none.
         policy: the returned round's policy, or None.
         certified: None when the limit is out of reach.
@@ -38,6 +39,7 @@ class Outcome:
 
     data: ArtifactRef
     rounds: Sequence[Mapping[str, Any]]
+    reason: str
     chosen: int
     policy: ArtifactRef | None
     certified: Certified | None
@@ -60,6 +62,7 @@ def experiment_result(
     result: dict[str, Any] = {
         "name": bench.config.name,
         "status": "infeasible" if certified is None else "certified" if certified.passed else "not_certified",
+        "reason": outcome.reason,
         "limit": limits[0],
         "lambda": lambda_[0],
         "chosen_round": chosen["round"] if chosen else None,

@@ -23,17 +23,18 @@ from cdpo_core.stages import (
     StageResult,
     compute_stage,
     manifest_of,
-    no_progress,
     pick,
     resolve,
 )
 from tasks.environment import cdpo_home
+from tasks.prefect_records import ProgressArtifacts
 from tasks.sources import source_ref
 from tasks.storage import open_store
 
 log = logging.getLogger(__name__)
 
-_progress: Progress = no_progress
+# Where nobody listens in a terminal, progress is shown in the Prefect UI.
+_progress: Progress = ProgressArtifacts()
 
 
 def report_progress_to(progress: Progress) -> None:

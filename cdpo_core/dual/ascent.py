@@ -238,8 +238,8 @@ def _out_of_reach(history: list[Round], settings: DualSettings) -> bool:
 def _infeasible_reason(history: list[Round], settings: DualSettings) -> str:
     lowest = tuple(min(done.cost[i] for done in history) for i in range(len(settings.limit)))
     return (
-        f"the limit {_show(settings.limit)} is out of reach: the lowest cost reached is {_show(lowest)}, "
-        f"with λ up to lambda_max = {settings.lambda_max:g}"
+        f"the lowest mean cost of a trained policy is {_show(lowest)}, with λ up to lambda_max = "
+        f"{settings.lambda_max:g}"
     )
 
 

@@ -12,8 +12,7 @@ def verdict(result: Mapping[str, Any]) -> str:
     """The outcome in one sentence, with its figures and what they are about."""
     limits = ", ".join(f"{item['name']} ≤ {item['limit']:g}" for item in result["constraints"])
     if result["status"] == "infeasible":
-        lowest = result["reachable"]["floor"]
-        return f"Infeasible: no policy here can keep {limits}; the lowest mean cost within reach is {lowest:.3f}."
+        return f"Infeasible: {limits} is out of reach; {result['reason']}."
     bounds = ", ".join(f"{item['name']} ≤ {item['certificate']['upper']:.3f}" for item in result["constraints"])
     certificate = result["certificate"]
     basis = f"with {100 * (1 - certificate['delta']):g} % confidence, from {certificate['prompts']} held-out prompts"

@@ -109,8 +109,8 @@ def fit(
         if done % report_every == 0 or done == schedule.steps:
             runtime.progress(stage, done, schedule.steps)
     with torch.no_grad():
-        for value, average in zip(values, averages, strict=False):
-            value.copy_(average)
+        for parameter, average in zip(values, averages, strict=False):
+            parameter.copy_(average)
     return records
 
 

@@ -52,9 +52,9 @@ def soft_dpo_loss(log_ratio: Tensor, target_probability: Tensor, beta: float) ->
         The mean loss of each group's pairs, [...], nats.
     """
     first, second = torch.triu_indices(log_ratio.shape[-1], log_ratio.shape[-1], 1, device=log_ratio.device)
-    delta = beta * (log_ratio[..., first] - log_ratio[..., second])
-    target = target_probability[..., first, second].to(delta.dtype)
-    return F.binary_cross_entropy_with_logits(delta, target, reduction="none").mean(-1)
+    zero = log_ratio.new_zeros(())  # the reference is in the ratio already
+    target = target_probability[..., first, second].to(log_ratio.dtype)
+    return dpo_loss(log_ratio[..., first], log_ratio[..., second], zero, zero, beta, target).mean(-1)
 
 
 def anchor_loss(log_probs: Tensor, weights: Tensor) -> Tensor:

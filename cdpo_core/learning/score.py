@@ -20,8 +20,7 @@ def score_responses(config: Slice, inputs: Mapping[str, Path], out: Path, runtim
     """Stage: one row of scores for each response; writes scores.parquet.
 
     Args:
-        config: constraints (list of {name, labels}), oracle (whether the testbed's truth scores),
-            trust_remote_code is not needed: scorers are artifacts of this project.
+        config: constraints (list of {name, labels}), oracle (whether the testbed's truth scores).
         inputs: data (prompts; world.json if oracle), responses, scorers_0, scorers_1, ... with
             together a head `reward` and one for each constraint.
         out: gets scores.parquet: prompt_id, sample, reward, cost_<name> (float64, calibrated units),

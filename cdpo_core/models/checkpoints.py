@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,48 @@ from cdpo_core.errors import InputError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# The file of a fast tokenizer, and those that transformers makes one of.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 PATH_STARTS = ("/", ".", "~")
+HUB_TIMEOUT_SECONDS = 10.0
 # What transformers writes into its JSON files that is no content: where a model came from, and its own version.
 VOLATILE_KEYS = ("_name_or_path", "name_or_path", "transformers_version", "is_local", "local_files_only")
+
+
+def check_model(base: str, revision: str = "") -> None:
+    """Check a model given by path or hub id, without loading or downloading it.
+
+    Args:
+        base: see `is_local`.
+        revision: of a hub id; "" is the newest.
+
+    Raises:
+        InputError: as `check_model_folder`; it has no tokenizer; or the hub has no such model, or one
+            without safetensors, or cannot be reached while nothing is cached.
+    """
+    if is_local(base) or is_offline():
+        folder = local_folder(base, revision)
+        check_model_folder(folder)
+        if not any((folder / name).is_file() for name in TOKENIZERS):
+            raise InputError(
+                "the model folder has no tokenizer",
+                where=str(folder),
+                fix=f"add what the tokenizer's save_pretrained writes, {TOKENIZERS[0]}",
+            )
+        return
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        files = HfApi().model_info(base, revision=revision or None, timeout=HUB_TIMEOUT_SECONDS).siblings or []
+    except Exception as error:  # each transport has errors of its own
+        try:
+            snapshot_download(base, revision=revision or None, local_files_only=True)
+        except (OSError, ValueError):
+            raise not_loaded(base, error) from error
+        return
+    names = sorted(file.rfilename for file in files)
+    if not any(name.endswith(".safetensors") for name in names):
+        raise _no_safetensors(base, names)
 
 
 def check_model_folder(path: str | Path) -> None:
@@ -32,7 +72,7 @@ def check_model_folder(path: str | Path) -> None:
         raise InputError("the model folder does not exist", where=str(path), fix="check the path, or give a hub id")
     read_model_config(folder)
     for file in weight_files(folder):
-        _check_safetensors(file)
+        check_safetensors(file)
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
@@ -64,7 +104,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not index.is_file():
-        raise _no_safetensors(folder)
+        raise _no_safetensors(str(folder), sorted(path.name for path in folder.iterdir()))
     try:
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
@@ -79,24 +119,30 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / shard for shard in shards]
 
 
-def _no_safetensors(folder: Path) -> InputError:
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+def _no_safetensors(where: str, files: Sequence[str]) -> InputError:
+    pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
     if not pickles:
         return InputError(
-            f"the model folder has no {WEIGHTS}",
-            where=str(folder),
+            f"the model has no {WEIGHTS}",
+            where=where,
             fix="point at the folder that save_pretrained wrote",
         )
     return InputError(
-        f"the model folder holds its weights only as pickle ({pickles[0]}), which can run code and is never read",
-        where=str(folder),
-        fix="convert it once where you trust it: load it with transformers' from_pretrained(folder, "
+        f"the model holds its weights only as pickle ({pickles[0]}), which can run code and is never read",
+        where=where,
+        fix="convert it once where you trust it: load it with transformers' from_pretrained(model, "
         f"use_safetensors=False) and write it with save_pretrained(new_folder), which makes {WEIGHTS}",
     )
 
 
-def _check_safetensors(path: Path) -> None:
-    """A safetensors file is 8 bytes of header length, the JSON header, then the data its offsets span."""
+def check_safetensors(path: Path) -> None:
+    """Check a safetensors file's size: 8 bytes of header length, the JSON header, the data its offsets span.
+
+    Raises:
+        InputError: it is missing, cut short or damaged.
+    """
+    if not path.is_file():
+        raise InputError("the weights are missing", where=str(path), fix="copy the model folder again, whole")
     size = path.stat().st_size
     truncated = InputError(
         f"the weights are cut short or damaged ({size:,} bytes)", where=str(path), fix="copy or download the file again"
@@ -140,6 +186,12 @@ def local_folder(base: str | Path, revision: str = "") -> Path:
             local_files_only=is_offline(),
         )
     except (OSError, ValueError) as error:
+        if is_offline():
+            raise InputError(
+                "the model is not in the local cache, and HF_HUB_OFFLINE forbids to download it",
+                where=str(base),
+                fix="give a folder, or unset HF_HUB_OFFLINE",
+            ) from error
         raise not_loaded(base, error) from error
     return Path(snapshot)
 

@@ -12,10 +12,12 @@ from torch import nn
 
 from cdpo_core.errors import InputError
 from cdpo_core.models.beaver import is_beaver_folder, load_beaver
+from cdpo_core.models.checkpoints import check_model_folder
 from cdpo_core.models.policy import width
 from cdpo_core.models.scorer import (
     Scorer,
     ScorerText,
+    check_scorer_folder,
     is_classifier_folder,
     is_scorer_folder,
     load_backbone,
@@ -81,40 +83,56 @@ def load_ready_scorer(
         trust_remote_code: allow code that comes with the model to run.
 
     Raises:
-        InputError: the folder holds no score head, too many, or none of the name asked for.
+        InputError: as `check_ready_scorer`, or its weights cannot be loaded.
     """
+    check_ready_scorer(folder, names)
     if is_scorer_folder(folder):
-        scorer = _with_heads(load_scorer(folder, trust_remote_code=trust_remote_code), names, folder)
-    elif len(names) > 1:
-        raise InputError(
-            f"one ready model cannot give {len(names)} scores ({', '.join(names)})",
-            where=str(folder),
-            fix="give each constraint a base of its own",
-        )
+        scorer = _with_heads(load_scorer(folder, trust_remote_code=trust_remote_code), names)
     elif is_beaver_folder(folder):
         scorer = _from_beaver(folder, names)
-    elif is_classifier_folder(folder):
-        scorer = _from_classifier(folder, names, max_prompt_tokens, max_response_tokens, trust_remote_code)
     else:
-        raise InputError(
-            "the model has no score head, so it cannot be used without training",
-            where=str(folder),
-            fix="give a reward or cost model (a one-label sequence classifier or a Beaver model), or set train: true",
-        )
+        scorer = _from_classifier(folder, names, max_prompt_tokens, max_response_tokens, trust_remote_code)
     if flip:
         scorer.scale.neg_()
         scorer.shift.neg_()
     return scorer
 
 
-def _with_heads(scorer: Scorer, names: Sequence[str], folder: Path) -> Scorer:
-    unknown = [name for name in names if name not in scorer.names]
-    if unknown:
+def check_ready_scorer(folder: Path, names: Sequence[str]) -> None:
+    """Check, without loading it, that a model folder can score as it is.
+
+    Args:
+        folder: its Hugging Face folder.
+        names: what its heads are to measure.
+
+    Raises:
+        InputError: as `check_model_folder`, or the folder holds no score head, too few, or none of a name asked for.
+    """
+    check_model_folder(folder)
+    if is_scorer_folder(folder):
+        heads = check_scorer_folder(folder)
+        unknown = [name for name in names if name not in heads]
+        if unknown:
+            raise InputError(
+                f"the scorer has no head named {unknown[0]!r}, but {', '.join(heads)}",
+                where=str(folder),
+                fix="name the constraint as the scorer's head",
+            )
+    elif len(names) > 1:
         raise InputError(
-            f"the scorer has no head named {unknown[0]!r}, but {', '.join(scorer.names)}",
+            f"one ready model cannot give {len(names)} scores ({', '.join(names)})",
             where=str(folder),
-            fix="name the constraint as the scorer's head",
+            fix="give each constraint a base of its own",
         )
+    elif not (is_beaver_folder(folder) or is_classifier_folder(folder)):
+        raise InputError(
+            "the model has no score head, so it cannot be used without training",
+            where=str(folder),
+            fix="give a reward or cost model (a one-label sequence classifier or a Beaver model), or set train: true",
+        )
+
+
+def _with_heads(scorer: Scorer, names: Sequence[str]) -> Scorer:
     rows = [scorer.names.index(name) for name in names]
     heads = nn.Linear(scorer.heads.in_features, len(names))
     heads.load_state_dict({"weight": scorer.heads.weight[rows], "bias": scorer.heads.bias[rows]})
@@ -169,5 +187,4 @@ def _text_of(
         return ScorerText("policy", template, max_prompt_tokens, max_response_tokens)
     if is_beaver_folder(folder):
         return ScorerText("beaver", "{prompt}", max_prompt_tokens, max_response_tokens)
-    form = "chat" if tokenizer.chat_template else "pair"
-    return ScorerText(form, "{prompt}", max_prompt_tokens, max_response_tokens)
+    return ScorerText("chat" if tokenizer.chat_template else "pair", "{prompt}", max_prompt_tokens, max_response_tokens)

@@ -16,7 +16,14 @@ import torch
 from torch import nn
 
 from cdpo_core.errors import InputError
-from cdpo_core.models.checkpoints import check_model_folder, hub_options, read_model_config, scrub_folder, write_json
+from cdpo_core.models.checkpoints import (
+    check_model_folder,
+    check_safetensors,
+    hub_options,
+    read_model_config,
+    scrub_folder,
+    write_json,
+)
 from cdpo_core.models.logprobs import has_expandable_cache, pad_right
 from cdpo_core.models.policy import EAGER_WIDTH, Policy, width
 from cdpo_core.models.scorer_text import EncodedText, encode_chats, encode_conversations, encode_pairs
@@ -91,9 +98,9 @@ class Scorer(nn.Module):
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[EncodedText]:
         """Tokens of each (prompt, response): the part that belongs to the prompt alone, and the rest."""
         if self.text.form == "policy":
-            firsts = [tuple(tokens) for tokens in self.writer.encode_prompts(prompts)]
-            seconds = [tuple(tokens) for tokens in self.writer.encode_responses(responses)]
-            return list(zip(firsts, seconds, strict=True))
+            firsts = _each_once(self.writer.encode_prompts, prompts)
+            seconds = _each_once(self.writer.encode_responses, responses)
+            return [(firsts[prompt], seconds[text]) for prompt, text in zip(prompts, responses, strict=True)]
         if self.text.form == "beaver":
             return encode_conversations(self.tokenizer, prompts, responses)
         room = self.text.max_prompt_tokens + self.text.max_response_tokens
@@ -182,6 +189,12 @@ class Scorer(nn.Module):
         return output.last_hidden_state[torch.arange(len(texts), device=device), lengths - 1]
 
 
+def _each_once(encode: Callable[[list[str]], list[list[int]]], texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Tokens of each distinct text; prompts, and on small grammars responses, come many times."""
+    distinct = list(dict.fromkeys(texts))
+    return {text: tuple(tokens) for text, tokens in zip(distinct, encode(distinct), strict=True)}
+
+
 def _next_batch(order: Sequence[int], start: int, texts: Sequence[EncodedText], micro_batch: int) -> list[int]:
     """The texts from `start` that fit one pass: `micro_batch` of them, or SCORING_TOKENS with padding."""
     if micro_batch:
@@ -213,26 +226,42 @@ def is_scorer_folder(folder: Path) -> bool:
     return (folder / SCORER_FILE).is_file()
 
 
+def check_scorer_folder(folder: Path) -> list[str]:
+    """Check a folder that `save_scorer` wrote, without loading it; returns the names of its heads.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    check_model_folder(folder)
+    try:
+        content = json.loads((folder / SCORER_FILE).read_text())
+        fields = {"heads", "scale", "shift", "pooled", *ScorerText.__dataclass_fields__}
+        missing = sorted(fields.difference(content))
+        if missing:
+            raise KeyError(missing[0])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"the scorer's {SCORER_FILE} cannot be read: {type(error).__name__}: {error}",
+            where=str(folder / SCORER_FILE),
+            fix="copy the scorer's folder again, whole",
+        ) from error
+    check_safetensors(folder / HEADS_FILE)
+    return list(content["heads"])
+
+
 def load_scorer(folder: str | Path, device: str | torch.device = "cpu", *, trust_remote_code: bool = False) -> Scorer:
     """Load a scorer that `save_scorer` wrote.
 
     Raises:
         InputError: the folder is no scorer, or its weights are missing or damaged.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder).expanduser()
-    check_model_folder(folder)
-    try:
-        content = json.loads((folder / SCORER_FILE).read_text())
-        weights = load_file(folder / HEADS_FILE)
-        text = ScorerText(*(content[name] for name in ScorerText.__dataclass_fields__))
-        names, pooled = content["heads"], content["pooled"]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(
-            f"the scorer cannot be loaded: {error}", where=str(folder), fix="give a folder that cdpo exported, whole"
-        ) from error
+    names = check_scorer_folder(folder)
+    content = json.loads((folder / SCORER_FILE).read_text())
+    weights = load_file(folder / HEADS_FILE)
+    text, pooled = ScorerText(*(content[name] for name in ScorerText.__dataclass_fields__)), content["pooled"]
     backbone, tokenizer = load_backbone(folder, pooled=pooled, trust_remote_code=trust_remote_code)
     heads = nn.Linear(weights["weight"].shape[1], len(names))
     heads.load_state_dict(weights)

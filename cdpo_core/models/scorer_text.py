@@ -28,7 +28,7 @@ def encode_chats(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], responses: Sequence[str], limit: int
 ) -> list[EncodedText]:
     """User and assistant turn by the tokenizer's chat template, cut from the left to `limit` tokens."""
-    encoded = []
+    encoded: list[EncodedText] = []
     for prompt, response in zip(prompts, responses, strict=True):
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from scipy.optimize import brentq
 
 from cdpo_core.randomness import numpy_stream
 from cdpo_core.testbed import grammar
-from cdpo_core.testbed.world import LEVEL_SLOPE, SATURATION, Array, Constants, World, log_normalised
+from cdpo_core.testbed.world import LEVEL_SLOPE, SATURATION, Array, Constants, World, draw_pairs, log_normalised
 
 # What PKU-SafeRLHF's pairs show, as far as a world where the limit binds allows.
 DISAGREEMENT = 0.39  # pairs whose better response is not the safer one
@@ -86,7 +87,7 @@ def _calibrate_within(world: World, sample: _Sample, beta: float, sharpness: flo
     safer = _sigmoid(-sharpness * cost_scale * sample.differences(saturated))
     help_, minded = world.reward_terms(sample.parts)
 
-    def disagreement(care: float, scale: float) -> float:
+    def disagreement(scale: float, care: float) -> float:
         better = _sigmoid(sharpness * scale * sample.differences(help_ - care * minded))
         return float((better * (1 - safer) + (1 - better) * safer).mean())
 
@@ -96,8 +97,8 @@ def _calibrate_within(world: World, sample: _Sample, beta: float, sharpness: flo
 
     care, scale = Constants.care, beta
     for _ in range(3):
-        care = _solve(lambda value: disagreement(value, scale), DISAGREEMENT, 0.0, 6.0)
-        scale = _solve(lambda value: unconstrained_kl(care, value), UNCONSTRAINED_KL, 0.05 * beta, 8 * beta)
+        care = _solve(partial(disagreement, scale), DISAGREEMENT, 0.0, 6.0)
+        scale = _solve(partial(unconstrained_kl, care), UNCONSTRAINED_KL, 0.05 * beta, 8 * beta)
     shift = scale * sample.mean(help_ - care * minded)
     return _with(
         world,
@@ -140,17 +141,6 @@ def _sample(world: World) -> _Sample:
     log_probs = world.demonstrator_log_probs(parts)
     random = numpy_stream(world.seed, "calibration")
     return _Sample(parts, log_probs, draw_pairs(log_probs, PAIRS, random))
-
-
-def draw_pairs(log_probs: Array, pairs: int, random: np.random.Generator) -> NDArray[np.int64]:
-    """[P, pairs, 2]: two different responses each, drawn from the distributions [P, R] (Gumbel's way)."""
-    drawn = np.empty((len(log_probs), pairs, 2), dtype=np.int64)
-    for row, scores in enumerate(log_probs):
-        noisy = scores + random.gumbel(size=(pairs, len(scores)))
-        best = np.argpartition(-noisy, 1, axis=1)[:, :2]
-        order = np.argsort(np.take_along_axis(-noisy, best, axis=1), axis=1)
-        drawn[row] = np.take_along_axis(best, order, axis=1)
-    return drawn
 
 
 def _solve(function: Callable[[float], float], target: float, low: float, high: float) -> float:

@@ -147,12 +147,6 @@ def slot_values() -> NDArray[np.int64]:
 
 
 @cache
-def word_columns() -> NDArray[np.int64]:
-    """[R, S]: the words of each response as indices into WORDS."""
-    return slot_values() + np.cumsum([0, *SIZES[:-1]])
-
-
-@cache
 def responses() -> tuple[str, ...]:
     """All R responses of the grammar, in the order of every table over responses."""
     return tuple(

@@ -111,6 +111,10 @@ class World:
         words = np.clip(self._features(parts) @ self._tables["demonstrator"], -DEMONSTRATOR_LIMIT, DEMONSTRATOR_LIMIT)
         return log_normalised(spread(words) + self._tables["demonstrator_pairs"])
 
+    def demonstrator_log_probs_of(self, prompt_ids: Iterable[str]) -> Array:
+        """[P, R]: the same for prompts by their identifiers."""
+        return self.demonstrator_log_probs(grammar.prompt_parts(prompt_ids))
+
     def scores(self, parts: NDArray[np.int64]) -> tuple[Array, Array]:
         """True reward [P, R] and costs [P, R, m] of every response to prompts of the given parts."""
         unscaled, minded = self.reward_terms(parts)
@@ -207,11 +211,30 @@ class World:
 
 def spread(words: Array) -> Array:
     """[P, R]: sums of per-word figures [P, words] over each response's words."""
-    columns = grammar.word_columns()
-    return np.sum([words[:, columns[:, slot]] for slot in range(columns.shape[1])], axis=0)
+    total = np.zeros((len(words), 1))
+    for slot in np.split(words, np.cumsum(grammar.SIZES)[:-1], axis=1):
+        total = (total[:, :, None] + slot[:, None, :]).reshape(len(words), -1)
+    return total
 
 
 def log_normalised(scores: Array) -> Array:
     """Log-probabilities proportional to exp(scores), over the last axis."""
     shifted = scores - scores.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def draw(log_probs: Array, count: int, random: np.random.Generator) -> NDArray[np.int64]:
+    """[P, count]: responses drawn from the distributions [P, R]."""
+    cumulated = np.exp(log_probs).cumsum(1)
+    uniform = random.random((len(log_probs), count)) * cumulated[:, -1:]
+    rows = [np.searchsorted(row, points, side="right") for row, points in zip(cumulated, uniform, strict=True)]
+    return np.minimum(np.array(rows, dtype=np.int64).reshape(uniform.shape), log_probs.shape[1] - 1)
+
+
+def draw_pairs(log_probs: Array, count: int, random: np.random.Generator) -> NDArray[np.int64]:
+    """[P, count, 2]: pairs of two different responses, the second drawn anew until it differs."""
+    first, second = draw(log_probs, count, random), draw(log_probs, count, random)
+    while (same := first == second).any():
+        rows = np.flatnonzero(same.any(1))
+        second[rows] = np.where(same[rows], draw(log_probs[rows], count, random), second[rows])
+    return np.stack([first, second], axis=-1)

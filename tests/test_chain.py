@@ -1,0 +1,163 @@
+"""One experiment, end to end at tiny size: the same again, another limit, a limit out of reach, a sweep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from chain_kit import Finished, computed, digests, mlflow_runs, new_home, numbers, run_here, stage_counts, trajectory
+
+from tasks.storage import open_store
+
+pytestmark = pytest.mark.slow
+
+LOWEST, SHIPPED, HIGHEST = -9.0, -0.5, 9.0
+# What neither lambda nor the limit enters.
+SHARED = ["data", "enumeration", "scorers", "sft", "splits"]
+
+
+class Again(NamedTuple):
+    """The same command once more: its outcome, and MLflow's points by run before it and after it."""
+
+    code: int
+    result: dict[str, Any]
+    before: dict[str, int]
+    after: dict[str, int]
+
+
+@pytest.fixture(scope="module")
+def again(finished: Finished) -> Again:
+    before = mlflow_runs(finished.home)
+    return Again(*run_here(finished.home), before, mlflow_runs(finished.home))
+
+
+@pytest.fixture(scope="module")
+def other_limit(finished: Finished, again: Again) -> dict[str, Any]:
+    """The same experiment at a looser limit, in the same store."""
+    return run_here(finished.home, "--limit", "-0.3")[1]
+
+
+@pytest.fixture(scope="module")
+def swept(
+    tmp_path_factory: pytest.TempPathFactory, prefect_server: str, _empty_mlflow_database: Path
+) -> tuple[Path, int, dict[str, Any]]:
+    """A sweep over three limits in an empty store."""
+    home = new_home(tmp_path_factory.mktemp("swept"), _empty_mlflow_database)
+    return home, *run_here(home, "--limits", f"{LOWEST},{SHIPPED},{HIGHEST}", command="sweep")
+
+
+def test_run_ends_with_a_verdict_and_its_evidence(finished: Finished) -> None:
+    result = finished.result
+    assert finished.code == {"certified": 0, "not_certified": 3}[result["status"]]
+    assert result["rounds"]
+    assert result["certificate"]["passed"] == (result["status"] == "certified")
+    assert set(result["test"]) == {"reward", "cost", "safe_rate", "kl", "win_rate"}
+    assert result["policy"]["digest"] in digests(finished.home / "store").values()
+    assert set(result["scorers"]) == {"reward", "harm"}
+    assert result["oracle"]["captured_ceiling"] is not None
+    assert [stage["name"] for stage in result["stages"][:2]] == ["data", "reference policy"]
+
+
+def test_same_command_again_computes_nothing(finished: Finished, again: Again) -> None:
+    assert again.code == finished.code
+    assert computed(again.result) == []
+    assert numbers(again.result) == numbers(finished.result)
+
+
+def test_same_command_again_adds_nothing_to_mlflow(finished: Finished, again: Again) -> None:
+    assert list(again.before) == [finished.result["tracking"]["run_id"]]
+    assert again.before == again.after
+
+
+def test_another_limit_computes_only_what_it_enters(finished: Finished, other_limit: dict[str, Any]) -> None:
+    seen = set(trajectory(finished.result)) | {0.0}
+    allowed = {f"policy at λ = {value:g}" for value in trajectory(other_limit) if value not in seen}
+    allowed |= {f"selection at λ = {v:g}: {what}" for v in trajectory(other_limit) for what in ("responses", "scores")}
+    allowed |= {f"{which}: {what}" for which in ("certificate", "test of policy") for what in ("responses", "scores")}
+    assert other_limit["limit"] == -0.3
+    assert set(computed(other_limit)) <= allowed | {"exact judge"}
+    assert "exact judge" in computed(other_limit)
+
+
+def test_another_limit_is_another_mlflow_run(finished: Finished, other_limit: dict[str, Any]) -> None:
+    runs = mlflow_runs(finished.home)
+    assert {finished.result["tracking"]["run_id"], other_limit["tracking"]["run_id"]} <= set(runs)
+
+
+def test_limit_below_the_exact_floor_is_infeasible_at_once(
+    finished: Finished, other_limit: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, result = run_here(finished.home, "--limit", f"{LOWEST:g}")
+    assert code == 3
+    assert result["status"] == "infeasible"
+    assert result["reachable"]["floor"] > LOWEST
+    assert result["rounds"] == []
+    assert result["policy"] is result["certificate"] is result["oracle"]["captured"] is None
+    assert f"{result['reachable']['floor']:.3f}" in capsys.readouterr().out
+
+
+def test_limit_that_does_not_bind_ends_at_lambda_zero(swept: tuple[Path, int, dict[str, Any]]) -> None:
+    slack = swept[2]["children"][-1]
+    assert slack["limit"] == HIGHEST
+    assert slack["lambda"] == 0
+    assert slack["status"] == "certified"
+    assert slack["test"] == slack["baselines"]["DPO (λ = 0)"]
+
+
+def test_sweep_is_one_parent_with_a_child_for_each_limit(swept: tuple[Path, int, dict[str, Any]]) -> None:
+    home, code, result = swept
+    assert code == 0
+    assert [child["limit"] for child in result["children"]] == [LOWEST, SHIPPED, HIGHEST]
+    parent = result["tracking"]["run_id"]
+    assert set(mlflow_runs(home)) == {parent, *(child["tracking"]["run_id"] for child in result["children"])}
+    assert _children_in_mlflow(home, parent) == {child["tracking"]["run_id"] for child in result["children"]}
+
+
+def test_sweep_computes_what_is_shared_once(swept: tuple[Path, int, dict[str, Any]]) -> None:
+    home, _, result = swept
+    counts = stage_counts(home / "store")
+    assert {stage: counts[stage] for stage in SHARED} == dict.fromkeys(SHARED, 1)
+    lambdas = {value for child in result["children"] for value in trajectory(child)} | {0.0}
+    assert counts["round"] == len(lambdas)
+    shared = {"data", "reference policy", "reward and harm model", "splits", "policy at λ = 0"}
+    assert all(shared.isdisjoint(computed(child)) for child in result["children"][1:])
+
+
+def test_sweep_draws_the_frontier_beside_the_exact_one(swept: tuple[Path, int, dict[str, Any]]) -> None:
+    home, _, result = swept
+    assert [point["limit"] for point in result["frontier"]] == result["limits"]
+    assert result["exact_frontier"]
+    assert result["chosen"]["delta"] == pytest.approx(0.05 / 3)
+    assert "figures/frontier.png" in _files_in_mlflow(home, result["tracking"]["run_id"])
+
+
+def test_sweep_again_adds_nothing(swept: tuple[Path, int, dict[str, Any]]) -> None:
+    home, code, _ = swept
+    before, stored = mlflow_runs(home), digests(home / "store")
+    assert run_here(home, "--limits", f"{HIGHEST},{SHIPPED},{LOWEST}", command="sweep")[0] == code
+    assert mlflow_runs(home) == before
+    assert digests(home / "store") == stored
+
+
+def test_every_artifact_can_be_read_back_whole(finished: Finished, other_limit: dict[str, Any]) -> None:
+    store = open_store(str(finished.home / "store"))
+    for manifest in store.manifests():
+        store.check(manifest)
+
+
+def _client(home: Path) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=f"sqlite:///{home / 'mlflow.db'}")
+
+
+def _children_in_mlflow(home: Path, parent: str) -> set[str]:
+    client = _client(home)
+    experiments = [item.experiment_id for item in client.search_experiments()]
+    children = client.search_runs(experiments, f"tags.`mlflow.parentRunId` = '{parent}'")
+    return {run.info.run_id for run in children}
+
+
+def _files_in_mlflow(home: Path, run_id: str) -> list[str]:
+    return [file.path for file in _client(home).list_artifacts(run_id, "figures")]

@@ -1,0 +1,175 @@
+"""Config loading: presets, overrides, and every kind of bad config as one readable error."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cdpo_core.config import ExperimentConfig
+from cdpo_core.config_loading import dump_config, load_config, preset_names
+from cdpo_core.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+# Presets that are refused until the user names a path.
+NEEDED = {"xstest": {"data.source": "pairs.jsonl"}}
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_preset_is_valid_and_says_its_command(preset: str) -> None:
+    config = load_config(preset, NEEDED.get(preset))
+    assert config.name == preset
+    assert f"cdpo run {preset}" in (ROOT / "configs" / f"{preset}.yaml").read_text()
+
+
+@pytest.mark.parametrize("preset", ["testbed", "tiny"])
+def test_testbed_presets_say_only_what_differs_from_the_defaults(preset: str) -> None:
+    given = yaml.safe_load((ROOT / "configs" / f"{preset}.yaml").read_text())
+    default = ExperimentConfig().model_dump()
+    for section, value in given.items():
+        fields = value if isinstance(value, dict) else {}
+        assert [name for name in fields if fields[name] == default[section][name]] == []
+
+
+def test_the_shipped_limit_is_the_one_the_world_is_calibrated_for() -> None:
+    config = load_config("testbed")
+    assert [item.limit for item in config.constraints] == [config.testbed.calibrated_limit]
+
+
+def test_dumped_config_loads_to_an_equal_one(tmp_path: Path) -> None:
+    config = load_config("tiny", {"dpo.beta": "0.3", "policy.template": "{prompt}: "})
+    path = tmp_path / "dumped.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(str(path)) == config
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "value"),
+    [
+        ("dpo.beta", "0.25", 0.25),
+        ("dpo.beta", "5e-3", 0.005),
+        ("seed", "3", 3),
+        ("name", "2024", "2024"),
+        ("tracking.enabled", "false", False),
+        ("constraints.0.limit", "-1", -1.0),
+        ("data.splits.test", "0.1", 0.1),
+        ("policy.template", "{prompt}", "{prompt}"),
+        ("policy.template", "[INST] {prompt} [/INST]", "[INST] {prompt} [/INST]"),
+    ],
+)
+def test_an_override_is_read_as_its_field_type(path: str, text: str, value: object) -> None:
+    found: object = load_config("testbed", {path: text})
+    for part in path.split("."):
+        found = found[int(part)] if isinstance(found, list) else getattr(found, part)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_overrides_change_nothing_else() -> None:
+    config = load_config("tiny", {"dpo.beta": "0.3"})
+    plain = load_config("tiny")
+    assert config == plain.model_copy(update={"dpo": plain.dpo.model_copy(update={"beta": 0.3})})
+
+
+def test_constraints_can_be_added_and_defaulted() -> None:
+    config = load_config("", {"constraints.0.limit": "-2", "constraints.1.name": "privacy"})
+    assert [(item.name, item.limit) for item in config.constraints] == [("harm", -2.0), ("privacy", 0.0)]
+
+
+def test_a_section_can_be_given_whole() -> None:
+    config = load_config("", {"constraints": "[{name: a}, {name: b, limit: 1}]", "dual": "{rounds: 2}"})
+    assert [item.name for item in config.constraints] == ["a", "b"]
+    assert config.dual.rounds == 2
+
+
+BAD_FILES = {
+    "empty": ("", ["empty"]),
+    "a list": ("- a\n- b\n", ["mapping", "list"]),
+    "broken": ("dpo: [1\nx: 3\n", ["not valid YAML", "line 2"]),
+    "a tab": ("dpo:\n\tbeta: 1\n", ["not valid YAML", "line 2"]),
+    "an object": ("name: !!python/object:os.x {}\n", ["not valid YAML", "line 1"]),
+    "duplicate key": ("seed: 1\ndpo:\n  beta: 1\n  beta: 2\n", ["dpo.beta is given twice", "lines 3 and 4"]),
+    "NaN": ("dpo:\n  beta: .nan\n", ["dpo.beta must be a finite number", "line 2"]),
+    "infinite limit": ("constraints:\n- limit: .inf\n", ["constraints.0.limit", "finite", "line 2"]),
+    "negative beta": ("name: x\ndpo:\n  beta: -1\n", ["dpo.beta must be greater than 0", "-1", "line 3"]),
+    "unknown field": ("dpo:\n  bta: 1\n", ["no field dpo.bta", "did you mean dpo.beta?", "line 2", "labels"]),
+    "unknown section": ("dop:\n  beta: 1\n", ["no field dop", "did you mean dpo?", "line 1"]),
+    "empty section": ("dpo:\n", ["dpo must be a section", "line 1"]),
+    "a value for a section": ("dpo: 3\n", ["dpo must be a section"]),
+    "wrong word": ("dpo:\n  labels: softy\n", ["soft, sampled or hard", "softy"]),
+    "not a number": ("dpo:\n  beta: high\n", ["dpo.beta must be a number", "high"]),
+    "not whole": ("seed: 1.5\n", ["seed must be a whole number"]),
+    "not text": ("name: 3\n", ["name must be text"]),
+    "no constraint": ("constraints: []\n", ["constraints needs at least one entry"]),
+    "same name": ("constraints:\n- name: a\n- name: a\n", ["share a name"]),
+    "bad template": ("policy:\n  template: hello\n", ["policy.template", "{prompt}", "line 2"]),
+    "shares": ("data:\n  splits:\n    test: 0.5\n", ["data.splits", "not 1", "line 2"]),
+    "clipped range": ("certificate:\n  cost_low: 20\n", ["cost_low (20) must be below cost_high (10)", "line 2"]),
+    "several": ("seed: -1\ndpo:\n  beta: -1\n  x: 1\n", ["3 things", "seed", "dpo.beta", "dpo.x"]),
+    "very many": ("\n".join(f"field{i}: 1" for i in range(40)), ["40 things", "and 34 more"]),
+    "itself": ("dpo: &a\n  beta: *a\n", ["itself"]),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_file(tmp_path: Path, kind: str) -> None:
+    text, said = BAD_FILES[kind]
+    path = tmp_path / "my.yaml"
+    path.write_text(text)
+    _refused(str(path), {}, [*said, "my.yaml"])
+
+
+BAD_OVERRIDES = {
+    "unknown field": ({"dpo.bta": "1"}, ["did you mean dpo.beta?", "--dpo.bta"]),
+    "unknown section": ({"dop.beta": "1"}, ["did you mean dpo?", "--dop.beta"]),
+    "NaN": ({"constraints.0.limit": "nan"}, ["finite", "--constraints.0.limit"]),
+    "negative beta": ({"dpo.beta": "-1"}, ["greater than 0", "--dpo.beta"]),
+    "no such position": ({"constraints.5.limit": "1"}, ["list of 1", "'5'"]),
+    "no position": ({"constraints.first.limit": "1"}, ["list of 1", "'first'"]),
+    "below a value": ({"name.x": "1"}, ["name is one value"]),
+    "broken structure": ({"data.splits": "{test"}, ["not valid YAML", "--data.splits"]),
+    "cross-field rule": ({"policy.hidden_size": "33"}, ["multiple of twice policy.heads", "--policy.hidden_size"]),
+    "empty text": ({"policy.base": ""}, ["must not be empty"]),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_OVERRIDES)
+def test_bad_override(kind: str) -> None:
+    overrides, said = BAD_OVERRIDES[kind]
+    _refused("testbed", overrides, said)
+
+
+def test_config_that_cannot_be_found_or_read(tmp_path: Path) -> None:
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(bytes(range(256)))
+    for source, said in [
+        ("tsetbed", ["no preset 'tsetbed'", "did you mean 'testbed'?", *preset_names()]),
+        ("zzz", ["no preset 'zzz'", *preset_names()]),
+        ("missing.yaml", ["no such config file", "missing.yaml", *preset_names()]),
+        ("elsewhere/testbed.yaml", ["no such config file", "shipped preset of that name"]),
+        (str(tmp_path), ["this is a folder"]),
+        (str(binary), ["not a text file"]),
+    ]:
+        _refused(source, {}, said)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_config_without_read_permission(tmp_path: Path) -> None:
+    path = tmp_path / "secret.yaml"
+    path.write_text("name: x\n")
+    path.chmod(0)
+    _refused(str(path), {}, ["cannot be read"])
+
+
+def _refused(source: str, overrides: dict[str, str], said: list[str]) -> None:
+    """One InputError of at most twelve lines that says all of `said` and where it is and what to do."""
+    with pytest.raises(InputError) as caught:
+        load_config(source, overrides)
+    text = str(caught.value)
+    assert len(text.splitlines()) <= 12
+    assert caught.value.where
+    assert caught.value.fix
+    for words in said:
+        assert words in text, text

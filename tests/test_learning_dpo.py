@@ -1,0 +1,178 @@
+"""Rounds of C-DPO: what λ does, labels, anchor, adapters, continuation, micro-batches, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from learning_kit import Killed, changed, digest, killed_at, round_slice, write_chain
+
+from cdpo_core.dual.lagrangian import preference_probability
+from cdpo_core.errors import InputError, TrainingError
+from cdpo_core.learning.dpo import Groups, Round, load_groups, train_round
+from cdpo_core.models.logprobs import response_log_probs
+from cdpo_core.models.policy import load_policy
+from cdpo_core.stages import Runtime
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_chain(tmp_path_factory.mktemp("chain"))
+
+
+@pytest.fixture(scope="module")
+def trained(chain: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("round")
+    train_round(round_slice(), chain, out, Runtime())
+    return out
+
+
+def groups_of(chain: dict[str, Path]) -> Groups:
+    return load_groups(load_policy(chain["reference"]), chain, ["harm"], 4)
+
+
+def a_round(chain: dict[str, Path], lambda_: float = 0.5, **dpo: object) -> Round:
+    config = round_slice(changed(dpo=dpo), (lambda_,))
+    policy = load_policy(chain["reference"])
+    return Round(policy, load_groups(policy, chain, ["harm"], 4), config, torch.float32, 0)
+
+
+def expected_cost(folder: Path, chain: dict[str, Path]) -> tuple[float, float]:
+    """Reward and cost under a policy by importance weights on the reference's samples."""
+    groups, policy = groups_of(chain), load_policy(folder)
+    with torch.no_grad():
+        log_probs = response_log_probs(policy.model, groups.prompts, groups.responses, policy.pad_id)
+    weights = torch.softmax(log_probs - groups.ref_log_probs, 1)
+    return (weights * groups.reward).sum(1).mean().item(), (weights * groups.costs[..., 0]).sum(1).mean().item()
+
+
+def test_the_groups_are_the_policy_splits(chain: dict[str, Path]) -> None:
+    groups = groups_of(chain)
+    splits = pd.read_parquet(chain["splits"] / "splits.parquet")
+    assert groups.prompt_ids == sorted(splits.loc[splits["split"] == "policy", "prompt_id"])
+    assert groups.reward.shape == groups.ref_log_probs.shape == (8, 8)
+    assert groups.costs.shape == (8, 8, 1)
+    responses = pd.read_parquet(chain["responses"] / "responses.parquet").set_index(["prompt_id", "sample"])
+    row = responses.loc[(groups.prompt_ids[3], 5)]
+    assert groups.responses[3][5] == list(row["tokens"])
+    assert groups.ref_log_probs[3, 5].item() == row["ref_log_prob"]
+
+
+def test_the_first_loss_is_that_of_the_reference(chain: dict[str, Path]) -> None:
+    round_ = a_round(chain, anchor=0.0)
+    first = list(round_.losses_at(0))
+    assert sum(part["loss"].item() for part in first) == pytest.approx(np.log(2), abs=1e-4)
+
+
+def test_lambda_trades_reward_for_cost(chain: dict[str, Path], tmp_path: Path) -> None:
+    config = changed(dpo={"steps": 60})
+    for lambda_ in (0.0, 2.0):
+        train_round(round_slice(config, (lambda_,)), chain, tmp_path / f"{lambda_:g}", Runtime())
+    before = expected_cost(chain["reference"], chain)
+    unconstrained, constrained = expected_cost(tmp_path / "0", chain), expected_cost(tmp_path / "2", chain)
+    assert unconstrained[0] > before[0] + 0.2
+    assert constrained[1] < before[1] - 0.2
+    assert constrained[1] < unconstrained[1] - 0.3
+
+
+def test_records_tell_loss_and_accuracy(trained: Path) -> None:
+    steps = json.loads((trained / "training.json").read_text())["steps"]
+    assert set(steps[0]) == {"step", "loss", "dpo", "anchor", "accuracy"}
+    assert steps[-1]["accuracy"] > 0.6
+    assert steps[-1]["loss"] == pytest.approx(steps[-1]["dpo"] + 0.1 * steps[-1]["anchor"])
+
+
+def test_a_killed_round_continues_to_the_same_bytes(chain: dict[str, Path], trained: Path, tmp_path: Path) -> None:
+    scratch, out = tmp_path / "scratch", tmp_path / "out"
+    scratch.mkdir()
+    with pytest.raises(Killed):
+        train_round(round_slice(), chain, tmp_path / "lost", killed_at(13, scratch))
+    train_round(round_slice(), chain, out, Runtime(scratch=scratch))
+    assert digest(out) == digest(trained)
+
+
+def test_micro_batches_change_nothing_but_rounding(chain: dict[str, Path]) -> None:
+    whole, parts = a_round(chain), a_round(chain)
+    parts.micro_batch = 4
+    assert len(list(parts.losses_at(3))) == 4
+    for round_ in (whole, parts):
+        for metrics in round_.losses_at(3):
+            metrics["loss"].backward()
+    pairs = zip(whole.policy.model.parameters(), parts.policy.model.parameters(), strict=True)
+    for first, second in pairs:
+        torch.testing.assert_close(first.grad, second.grad, atol=1e-5, rtol=1e-3)
+
+
+def test_every_response_has_its_turn(chain: dict[str, Path]) -> None:
+    round_ = a_round(chain, prompts_per_step=8, responses_per_prompt=4)
+    seen = [round_._responses_of(*round_._epochs.at(step)) for step in range(2)]
+    orders = [round_._epochs.at(step)[1] for step in range(2)]
+    for prompt in range(8):
+        both = [columns[list(order).index(prompt)] for columns, order in zip(seen, orders, strict=True)]
+        assert sorted(np.concatenate(both)) == list(range(8))
+
+
+def test_sampled_labels_stay_as_drawn(chain: dict[str, Path]) -> None:
+    round_ = a_round(chain, labels="sampled")
+    rows, columns = np.array([2, 5]), np.array([[0, 3, 7], [1, 2, 4]])
+    first, again = round_.labels(rows, columns), round_.labels(rows, columns[:, ::-1].copy())
+    assert torch.equal(first, again.flip(1, 2))
+    assert set(first.flatten().tolist()) == {0.0, 0.5, 1.0}
+
+
+def test_soft_labels_are_bradley_terry_on_the_lagrangian_reward(chain: dict[str, Path]) -> None:
+    round_ = a_round(chain, lambda_=0.7)
+    groups = round_.groups
+    expected = preference_probability(groups.reward - 0.7 * groups.costs[..., 0])
+    every = np.tile(np.arange(8), (8, 1))
+    torch.testing.assert_close(round_.labels(np.arange(8), every), expected)
+
+
+def test_the_anchor_weighs_the_whole_group_on_average(chain: dict[str, Path]) -> None:
+    round_ = a_round(chain, anchor=1.0)
+    rows = np.array([1])
+    halves = [round_.group_losses(rows, np.arange(8)[None, part]) for part in (slice(0, 4), slice(4, 8))]
+    every = round_.group_losses(rows, np.arange(8)[None])
+    assert sum(half["anchor"].item() for half in halves) / 2 == pytest.approx(every["anchor"].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("labels", ["sampled", "hard"])
+def test_other_labels_train(chain: dict[str, Path], tmp_path: Path, labels: str) -> None:
+    train_round(round_slice(changed(dpo={"labels": labels, "steps": 3})), chain, tmp_path, Runtime())
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_a_warm_start_begins_where_the_last_round_ended(chain: dict[str, Path], trained: Path, tmp_path: Path) -> None:
+    config = round_slice(changed(dpo={"steps": 2, "learning_rate": 1e-9}))
+    train_round(config, {**chain, "previous": trained}, tmp_path, Runtime())
+    warm, last = load_policy(tmp_path), load_policy(trained)
+    for first, second in zip(warm.model.parameters(), last.model.parameters(), strict=True):
+        torch.testing.assert_close(first, second, atol=1e-6, rtol=0)
+
+
+def test_adapters_train_and_are_merged(chain: dict[str, Path], tmp_path: Path) -> None:
+    config = round_slice(changed(policy={"lora_rank": 2}, dpo={"steps": 6, "learning_rate": 2e-2}))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    train_round(config, chain, tmp_path / "whole", Runtime())
+    with pytest.raises(Killed):
+        train_round(config, chain, tmp_path / "lost", killed_at(4, scratch))
+    train_round(config, chain, tmp_path / "again", Runtime(scratch=scratch))
+    assert digest(tmp_path / "whole") == digest(tmp_path / "again")
+    assert expected_cost(tmp_path / "whole", chain) != expected_cost(chain["reference"], chain)
+    assert not list((tmp_path / "whole").glob("adapter*"))
+
+
+def test_too_few_responses_are_refused(chain: dict[str, Path], tmp_path: Path) -> None:
+    config = round_slice(changed(sampling={"reference": 16}, dpo={"responses_per_prompt": 16}))
+    with pytest.raises(InputError, match="at least 16"):
+        train_round(config, chain, tmp_path, Runtime())
+
+
+def test_an_exploding_round_is_a_training_error(chain: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="dpo loss is not finite"):
+        train_round(round_slice(changed(dpo={"learning_rate": 1e30})), chain, tmp_path, Runtime())
