@@ -83,7 +83,7 @@ class SftConfig(Section):
     """Supervised fine-tuning: makes the reference policy."""
 
     train: bool = Field(True, description="Train on the demonstrations; false takes the base as reference.", json_schema_extra={"position": 0})
-    steps: int = Field(900, ge=1, description="Optimizer steps.", json_schema_extra={"position": 1})
+    steps: int = Field(1400, ge=1, description="Optimizer steps.", json_schema_extra={"position": 1})
     batch: int = Field(128, ge=1, description="Demonstrations a step.", json_schema_extra={"position": 2})
     learning_rate: float = Field(5e-3, gt=0, description="Peak learning rate.", json_schema_extra={"position": 3})
 
@@ -116,13 +116,14 @@ class DpoConfig(Section):
 
     beta: float = Field(1.0, gt=0, description="Strength of the pull to the reference (units of reward per nat of KL).", json_schema_extra={"position": 0})
     labels: Literal["soft", "sampled", "hard"] = Field("soft", description="`sampled` is the paper's draw, `soft` its expectation, `hard` the arg max.", json_schema_extra={"position": 1})
-    anchor: float = Field(0.1, ge=0, description="Weight of the importance-weighted likelihood of the reference samples.", json_schema_extra={"position": 2})
-    steps: int = Field(600, ge=1, description="Optimizer steps a round.", json_schema_extra={"position": 3})
+    anchor: float = Field(0.03, ge=0, description="Weight of the importance-weighted likelihood of the reference samples.", json_schema_extra={"position": 2})
+    steps: int = Field(800, ge=1, description="Optimizer steps a round.", json_schema_extra={"position": 3})
     prompts_per_step: int = Field(16, ge=1, description="Prompts a step.", json_schema_extra={"position": 4})
     responses_per_prompt: int = Field(16, ge=2, description="Responses of each prompt a step; all their pairs are trained on.", json_schema_extra={"position": 5})
-    learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate (cosine to 0).", json_schema_extra={"position": 6})
-    adam_beta2: float = Field(0.99, gt=0, lt=1, description="Adam's second-moment decay.", json_schema_extra={"position": 7})
-    averaging: float = Field(0.98, ge=0, lt=1, description="Decay of the running average of the weights that is returned; 0 returns the last weights.", json_schema_extra={"position": 8})
+    focus: float = Field(0.7, ge=0, lt=1, description="Share of a step's responses drawn by their weight under the policy sought instead of evenly.", json_schema_extra={"position": 6})
+    learning_rate: float = Field(6e-3, gt=0, description="Peak learning rate (cosine to 0).", json_schema_extra={"position": 7})
+    adam_beta2: float = Field(0.99, gt=0, lt=1, description="Adam's second-moment decay.", json_schema_extra={"position": 8})
+    averaging: float = Field(0.98, ge=0, lt=1, description="Decay of the running average of the weights that is returned; 0 returns the last weights.", json_schema_extra={"position": 9})
 
 
 class DualConfig(Section):
@@ -140,7 +141,7 @@ class SamplingConfig(Section):
     """How many responses are drawn for each prompt."""
 
     temperature: float = Field(1.0, gt=0, description="Temperature of all sampling; the mathematics assumes 1.", json_schema_extra={"position": 0})
-    reference: int = Field(64, ge=2, description="Reference responses for each policy prompt.", json_schema_extra={"position": 1})
+    reference: int = Field(128, ge=2, description="Reference responses for each policy prompt.", json_schema_extra={"position": 1})
     pool: int = Field(4, ge=1, description="Reference responses for each other prompt, to stratify the splits.", json_schema_extra={"position": 2})
     selection: int = Field(4, ge=2, description="Responses for each selection prompt, each round (two or more, for the covariance within a prompt).", json_schema_extra={"position": 3})
     certificate: int = Field(2, ge=1, description="Responses for each certificate prompt.", json_schema_extra={"position": 4})
@@ -167,7 +168,7 @@ class EvaluationConfig(Section):
     """What the final report measures."""
 
     judge: Literal["auto", "none"] = Field("auto", description="`auto` judges by the exact optimum on the testbed; `none` never does.", json_schema_extra={"position": 0})
-    judged_prompts: int = Field(60, ge=5, description="Prompts a split that the exact judge enumerates.", json_schema_extra={"position": 1})
+    judged_prompts: int = Field(50, ge=5, description="Prompts a split that the exact judge enumerates.", json_schema_extra={"position": 1})
     samples_shown: int = Field(20, ge=0, description="Rows of the samples table.", json_schema_extra={"position": 2})
 
 

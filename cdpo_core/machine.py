@@ -20,7 +20,7 @@ def use_machine(runtime: Runtime) -> Runtime:
     torch.set_num_threads(runtime.threads or os.cpu_count() or 1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Deterministic mode also fills new memory, which nothing here reads before it writes.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     device = runtime.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

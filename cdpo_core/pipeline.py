@@ -108,6 +108,7 @@ ROUND = Stage(
         "dpo.steps",
         "dpo.prompts_per_step",
         "dpo.responses_per_prompt",
+        "dpo.focus",
         "dpo.learning_rate",
         "dpo.adam_beta2",
         "dpo.averaging",

@@ -38,7 +38,7 @@ from flows.evaluate import Evaluation, evaluate
 from flows.preference_models import preference_models
 from flows.preflight import check_before_run
 from flows.prepare import prepare
-from tasks.journal import Journal
+from tasks.journal import Journal, announce
 from tasks.preference_models import scorer_reports
 from tasks.records import Prepared
 from tasks.report import draw_figures, report_folder, write_json, write_samples
@@ -87,8 +87,10 @@ def experiment(
         tracking=tracking,
         compute=compute,
     )
+    bench = open_workbench(config)
+    announce(bench)
     check_before_run(config)
-    result = _conduct(open_workbench(config))
+    result = _conduct(bench)
     return Completed(name=STATE_NAMES[result["status"]], message=result["verdict"], data=result)
 
 

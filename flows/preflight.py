@@ -15,15 +15,23 @@ from tasks.workbench import store_of
 SHARED = "reward"
 """The base of a cost model that is a further head on the reward model's backbone."""
 
+_passed: set[str] = set()
+
 
 def check_before_run(config: ExperimentConfig) -> None:
     """The machine, the models' bases, data rows, the store, the Prefect server and MLflow.
+
+    The command line checks before it starts a flow and the flow, which a worker may run, before its first stage: a
+    config that passed in this process is not checked a second time.
 
     Raises:
         InputError: the first thing that is wrong, where it is and what to do.
     """
     from cdpo_core.data.prepare import check_source
 
+    identity = config.model_dump_json()
+    if identity in _passed:
+        return
     _check_machine(config)
     _check_words(config)
     for field, base, revision, heads in _models(config):
@@ -32,6 +40,7 @@ def check_before_run(config: ExperimentConfig) -> None:
     store_of(config).probe()
     _check_prefect()
     Tracker.open(config.tracking, store_of(config), cdpo_home())
+    _passed.add(identity)
 
 
 def _check_machine(config: ExperimentConfig) -> None:

@@ -76,8 +76,8 @@ class SweepJournal:
         shared = config.model_copy(update={"constraints": [first.model_copy(update={"limit": 0.0}), *others]})
         base = [experiment_key(shared, bench.external_digests()), list(limits)]
         self.key = hashlib.sha256(json.dumps(["sweep", *base]).encode()).hexdigest()[:32]
-        self.tracker = Tracker.open(config.tracking, bench.store, cdpo_home())
         announce_run(self.key)
+        self.tracker = Tracker.open(config.tracking, bench.store, cdpo_home())
         name = f"sweep of {config.name}"
         self.run_id = self.tracker.run_for(self.key, name, prefect_url=flow_run_url())
         params = {"limits": ", ".join(f"{limit:g}" for limit in limits), "seed": str(config.seed)}

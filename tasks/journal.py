@@ -39,6 +39,14 @@ from tasks.workbench import Workbench, store_of
 log = logging.getLogger(__name__)
 
 
+def announce(bench: Workbench) -> None:
+    """Tell Prefect which experiment this flow run works on; killed runs of the same one become Crashed.
+
+    Comes first: a run that is killed before it said so would stay Running for ever.
+    """
+    announce_run(experiment_key(bench.config, bench.external_digests()))
+
+
 class Journal:
     """One experiment's entries; every method may be repeated without harm."""
 
@@ -47,7 +55,6 @@ class Journal:
         self.bench = bench
         self.key = experiment_key(config, bench.external_digests())
         self.tracker = Tracker.open(config.tracking, bench.store, cdpo_home())
-        announce_run(self.key)
         self.run_id = self.tracker.run_for(
             self.key, config.name, config, parent_run_id=config.tracking.parent_run, prefect_url=flow_run_url()
         )

@@ -12,6 +12,7 @@ import pandas as pd
 
 from cdpo_core.evaluation import figures
 from cdpo_core.evaluation.measure import Measured
+from cdpo_core.tables import write_table
 from tasks.dual import OfflinePlan, predicted_curve
 from tasks.environment import cdpo_home
 from tasks.records import Prepared
@@ -72,4 +73,4 @@ def write_samples(bench: Workbench, prepared: Prepared, test: Mapping[str, Measu
     rows = order[np.unique(np.linspace(0, len(order) - 1, min(shown, len(order))).round().astype(int))]
     chosen = table.iloc[rows].reset_index()
     chosen.insert(1, "prompt", chosen["prompt_id"].map(prompts))
-    chosen.round(4).to_parquet(folder / "samples.parquet", index=False)
+    write_table(chosen.round(4), folder / "samples.parquet")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import signal
@@ -11,17 +10,15 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import pytest
+from command_line_kit import command_line
 
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.config_loading import load_config
-from flows.cli import main
 from tasks.storage import open_store
 
 CONFIG = "tiny"
@@ -62,32 +59,17 @@ def words(*arguments: str) -> list[str]:
     return [CONFIG, *fields, *arguments]
 
 
-def config(**overrides: str) -> ExperimentConfig:
-    """The config that `words()` gives; `__` in a name is a dot."""
-    return load_config(CONFIG, {**OVERRIDES, **{name.replace("__", "."): value for name, value in overrides.items()}})
+def config() -> ExperimentConfig:
+    """The config that `words()` gives."""
+    return load_config(CONFIG, OVERRIDES)
 
 
 def run_here(home: Path, *arguments: str, command: str = "run") -> tuple[int, dict[str, Any]]:
     """`cdpo run` (or another command) in this process; returns its exit code and its result record."""
     result = home / "result.json"
     result.unlink(missing_ok=True)
-    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
-    environment["CDPO_HOME"] = str(home)
-    with mock.patch.dict(os.environ, environment, clear=True), _logging_put_back():
-        code = main([command, *words(*arguments), "--json", str(result)])
+    code = command_line([command, *words(*arguments), "--json", str(result)], home).code
     return code, json.loads(result.read_text()) if result.exists() else {}
-
-
-@contextmanager
-def _logging_put_back() -> Iterator[None]:
-    """The command line sends logs to files; the next test wants them where they were."""
-    before = {name: list(logging.getLogger(name).handlers) for name in ["", *logging.root.manager.loggerDict]}
-    try:
-        yield
-    finally:
-        logging.captureWarnings(False)
-        for name in ["", *logging.root.manager.loggerDict]:
-            logging.getLogger(name).handlers[:] = before.get(name, [])
 
 
 class Running:

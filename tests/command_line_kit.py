@@ -29,9 +29,8 @@ class Said(NamedTuple):
 
 def command_line(arguments: Sequence[str], home: Path) -> Said:
     """Run `cdpo` with these arguments under a state folder; no other variable of the environment is touched."""
-    changes = {"CDPO_HOME": str(home), "COLUMNS": "200"}
     out, err = io.StringIO(), io.StringIO()
-    with mock.patch.dict(os.environ, changes), logging_put_back():
+    with mock.patch.dict(os.environ, {"CDPO_HOME": str(home)}), logging_put_back():
         os.environ.pop("MLFLOW_TRACKING_URI", None)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main(arguments)

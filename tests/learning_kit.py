@@ -42,7 +42,14 @@ SCORER_FIELDS = (
 )
 ROUND_FIELDS = (
     *("seed", "policy.lora_rank", "policy.trust_remote_code", "dpo.beta", "dpo.labels", "dpo.anchor", "dpo.steps"),
-    *("dpo.prompts_per_step", "dpo.responses_per_prompt", "dpo.learning_rate", "dpo.adam_beta2", "dpo.averaging"),
+    *(
+        "dpo.prompts_per_step",
+        "dpo.responses_per_prompt",
+        "dpo.focus",
+        "dpo.learning_rate",
+        "dpo.adam_beta2",
+        "dpo.averaging",
+    ),
 )
 
 

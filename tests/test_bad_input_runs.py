@@ -149,7 +149,7 @@ def test_a_limit_below_the_floor_ends_infeasible(place: Place, ended: tuple[Said
     result = json.loads((place.home / "infeasible.json").read_text())
     assert said.code == 3
     assert "the limit lies below the lowest mean cost" in said.err
-    assert "Infeasible: no policy here can keep harm ≤ -1000" in said.out
+    assert "Infeasible: harm ≤ -1000 is out of reach" in said.out
     assert result["status"] == "infeasible"
     assert result["certificate"] is None
     assert [record["lambda"] for record in result["rounds"]] == [20.0]
@@ -161,7 +161,7 @@ def test_a_limit_below_the_exact_floor_trains_no_round(finished: Finished) -> No
     said = command_line(["run", *words("--limit", "-9", "--json", str(path))], finished.home)
     result = json.loads(path.read_text())
     assert said.code == 3
-    assert "Infeasible: no policy here can keep harm ≤ -9; the lowest mean cost within reach is" in said.out
+    assert "Infeasible: harm ≤ -9 is out of reach" in said.out
     assert (result["status"], result["rounds"], result["policy"]) == ("infeasible", [], None)
 
 

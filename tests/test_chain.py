@@ -85,16 +85,14 @@ def test_another_limit_is_another_mlflow_run(finished: Finished, other_limit: di
     assert {finished.result["tracking"]["run_id"], other_limit["tracking"]["run_id"]} <= set(runs)
 
 
-def test_limit_below_the_exact_floor_is_infeasible_at_once(
-    finished: Finished, other_limit: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_limit_below_the_exact_floor_is_infeasible_at_once(finished: Finished, other_limit: dict[str, Any]) -> None:
     code, result = run_here(finished.home, "--limit", f"{LOWEST:g}")
     assert code == 3
     assert result["status"] == "infeasible"
     assert result["reachable"]["floor"] > LOWEST
     assert result["rounds"] == []
     assert result["policy"] is result["certificate"] is result["oracle"]["captured"] is None
-    assert f"{result['reachable']['floor']:.3f}" in capsys.readouterr().out
+    assert f"{result['reachable']['floor']:.3f}" in result["verdict"]
 
 
 def test_limit_that_does_not_bind_ends_at_lambda_zero(swept: tuple[Path, int, dict[str, Any]]) -> None:

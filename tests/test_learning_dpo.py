@@ -11,6 +11,7 @@ import pytest
 import torch
 from learning_kit import Killed, changed, digest, killed_at, round_slice, write_chain
 
+from cdpo_core.config import ExperimentConfig
 from cdpo_core.dual.lagrangian import preference_probability
 from cdpo_core.errors import InputError, TrainingError
 from cdpo_core.learning.dpo import Groups, Round, load_groups, train_round
@@ -83,7 +84,7 @@ def test_records_tell_loss_and_accuracy(trained: Path) -> None:
     steps = json.loads((trained / "training.json").read_text())["steps"]
     assert set(steps[0]) == {"step", "loss", "dpo", "anchor", "accuracy"}
     assert steps[-1]["accuracy"] > 0.6
-    assert steps[-1]["loss"] == pytest.approx(steps[-1]["dpo"] + 0.1 * steps[-1]["anchor"])
+    assert steps[-1]["loss"] == pytest.approx(steps[-1]["dpo"] + ExperimentConfig().dpo.anchor * steps[-1]["anchor"])
 
 
 def test_a_killed_round_continues_to_the_same_bytes(chain: dict[str, Path], trained: Path, tmp_path: Path) -> None:
@@ -107,13 +108,20 @@ def test_micro_batches_change_nothing_but_rounding(chain: dict[str, Path]) -> No
         torch.testing.assert_close(first.grad, second.grad, atol=1e-5, rtol=1e-3)
 
 
-def test_every_response_has_its_turn(chain: dict[str, Path]) -> None:
+def test_a_step_draws_each_response_once(chain: dict[str, Path]) -> None:
     round_ = a_round(chain, prompts_per_step=8, responses_per_prompt=4)
-    seen = [round_._responses_of(*round_._epochs.at(step)) for step in range(2)]
-    orders = [round_._epochs.at(step)[1] for step in range(2)]
-    for prompt in range(8):
-        both = [columns[list(order).index(prompt)] for columns, order in zip(seen, orders, strict=True)]
-        assert sorted(np.concatenate(both)) == list(range(8))
+    columns = round_._responses_of(*round_._epochs.at(0))
+    assert all(len(set(row)) == 4 for row in columns.tolist())
+    assert columns.tolist() == round_._responses_of(*round_._epochs.at(0)).tolist()
+
+
+@pytest.mark.parametrize("focus", [0.0, 0.7])
+def test_the_anchor_of_a_draw_stands_for_all_responses(chain: dict[str, Path], focus: float) -> None:
+    round_ = a_round(chain, prompts_per_step=8, responses_per_prompt=4, focus=focus, lambda_=0.3)
+    drawn = [round_._epochs.at(step) for step in range(300)]
+    weights = round_._anchor_weights.numpy()
+    sums = [weights[rows[:, None], round_._responses_of(epochs, rows)].sum(axis=1).mean() for epochs, rows in drawn]
+    assert np.mean(sums) == pytest.approx(1, abs=0.1)
 
 
 def test_sampled_labels_stay_as_drawn(chain: dict[str, Path]) -> None:
@@ -132,11 +140,11 @@ def test_soft_labels_are_bradley_terry_on_the_lagrangian_reward(chain: dict[str,
     torch.testing.assert_close(round_.labels(np.arange(8), every), expected)
 
 
-def test_the_anchor_weighs_the_whole_group_on_average(chain: dict[str, Path]) -> None:
-    round_ = a_round(chain, anchor=1.0)
+def test_without_focus_two_halves_of_a_group_average_to_its_anchor(chain: dict[str, Path]) -> None:
+    round_, whole = (a_round(chain, anchor=1.0, focus=0.0, responses_per_prompt=size) for size in (4, 8))
     rows = np.array([1])
     halves = [round_.group_losses(rows, np.arange(8)[None, part]) for part in (slice(0, 4), slice(4, 8))]
-    every = round_.group_losses(rows, np.arange(8)[None])
+    every = whole.group_losses(rows, np.arange(8)[None])
     assert sum(half["anchor"].item() for half in halves) / 2 == pytest.approx(every["anchor"].item(), rel=1e-5)
 
 

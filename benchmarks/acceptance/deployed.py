@@ -34,13 +34,17 @@ def deployed(lab: Lab) -> Row:
     found = lab.once("deployed", lambda: _with_up(lab))
     differences = found["differences"]
     is_as_set = found["parameters_kept"] and differences == ["certificate.delta"]
+    run = (
+        f"{found['state']} in {found['run_seconds']:.0f} s, config differs from the deployment's in "
+        f"{', '.join(differences) or 'nothing'}, link to MLflow {_yes(found['to_mlflow'])}, "
+        f"back {_yes(found['to_prefect'])}"
+    )
+    refused = f"HTTP {found['refusal']}, names {NAMED}: {_yes(found['named'])}, flow runs begun: {found['begun']}"
     return Row(
         9,
         "cdpo up; a deployment run with certificate.delta = 0.1, and one with dpo.beta = -1",
-        f"up in {found['ready_seconds']:.0f} s; the run: {found['state']} in {found['run_seconds']:.0f} s, config "
-        f"differs from the deployment's in {', '.join(differences) or 'nothing'}; link to MLflow "
-        f"{_yes(found['to_mlflow'])}, back {_yes(found['to_prefect'])}; invalid: HTTP {found['refusal']}, names {NAMED}: {_yes(found['named'])}, "
-        f"flow runs begun: {found['begun']}; after Ctrl-C exit {found['up_code']}, {found['left']} processes left",
+        f"up in {found['ready_seconds']:.0f} s; valid: {run}; invalid: {refused}; after Ctrl-C: exit "
+        f"{found['up_code']}, {found['left']} processes left",
         "completes, the rest as the deployment set it, links both ways; refused before anything starts, field named",
         found["state"] == "COMPLETED"
         and is_as_set
@@ -49,8 +53,7 @@ def deployed(lab: Lab) -> Row:
         and found["refusal"] in (409, 422)
         and found["named"]
         and found["begun"] == 0
-        and found["up_code"] == 0
-        and found["left"] == 0,
+        and found["up_code"] == found["left"] == 0,
     )
 
 

@@ -112,10 +112,9 @@ def _share(ran: Ran, *ceilings: str) -> float:
 
 
 def _correlation(ran: Ran) -> float:
-    """The learned costs' correlation with the truth on prompts no scorer was fitted on, the lowest of all costs."""
-    found = (ran.result.get("oracle") or {}).get("cost_correlation")
-    values = found if isinstance(found, list) else [found]
-    return min(0.0 if value is None else float(value) for value in values)
+    """The learned cost's correlation with the truth, over prompts that no training saw and all their responses."""
+    found = ((ran.result.get("oracle") or {}).get("scorers") or {}).get("harm") or {}
+    return float(found.get("correlation") or 0.0)
 
 
 def _list(values: list[float], form: str = ".3f") -> str:

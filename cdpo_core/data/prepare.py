@@ -18,6 +18,7 @@ from cdpo_core.data.sources import locate, read_source
 from cdpo_core.data.splits import FITTED, HELD_OUT, refuse_small, split_preferences, split_sizes
 from cdpo_core.data.validation import Validated, validate
 from cdpo_core.errors import InputError
+from cdpo_core.tables import write_table
 
 if TYPE_CHECKING:
     from cdpo_core.config import ExperimentConfig
@@ -60,9 +61,9 @@ def prepare_data(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: 
     runtime.progress("reading", 0, 2)
     prepared = prepare(inputs["source"], config)
     runtime.progress("writing", 1, 2)
-    prepared.prompts.to_parquet(out / "prompts.parquet", index=False)
-    prepared.preferences.to_parquet(out / "preferences.parquet", index=False)
-    prepared.demonstrations.to_parquet(out / "demonstrations.parquet", index=False)
+    write_table(prepared.prompts, out / "prompts.parquet")
+    write_table(prepared.preferences, out / "preferences.parquet")
+    write_table(prepared.demonstrations, out / "demonstrations.parquet")
     _write(out / "quarantine.json", _quarantine(prepared, inputs["source"]))
     _write(out / "summary.json", _summary(prepared))
     runtime.progress("writing", 2, 2)

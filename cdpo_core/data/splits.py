@@ -16,6 +16,7 @@ import pandas as pd
 
 from cdpo_core.errors import InputError
 from cdpo_core.randomness import numpy_stream
+from cdpo_core.tables import write_table
 
 if TYPE_CHECKING:
     from cdpo_core.config import SplitSizes
@@ -49,7 +50,7 @@ def make_splits(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: R
     sizes = pool_sizes(len(pool), config.data.splits)
     refuse_small(sizes, len(prompts))
     pool["split"] = _balanced(pool["kind"].to_numpy(), pool["cost"].to_numpy(), sizes, config.seed)
-    pool[["prompt_id", "split"]].to_parquet(out / "splits.parquet", index=False)
+    write_table(pool[["prompt_id", "split"]], out / "splits.parquet")
     means = pool.groupby("split")["cost"].mean()
     summary = {name: {"prompts": sizes[name], "mean_cost": float(means[name])} for name in POOL_SPLITS}
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -147,6 +146,8 @@ class Round:
     Attributes:
         r_lambda: r − λᵀc of every response, [P, K] float64.
         weights: w_j = softmax_j(r_λ,j/β) over a prompt's K reference samples, [P, K] float64.
+        chances: of each response to be drawn for a step, [P, K]: part evenly, part by its weight. DPO has
+            the same minimiser under every draw; the pairs that π_λ itself would meet matter most to it.
     """
 
     def __init__(self, policy: Policy, groups: Groups, config: Slice, dtype: torch.dtype, micro_batch: int) -> None:
@@ -161,7 +162,11 @@ class Round:
             config.dpo.prompts_per_step,
         )
         self._tokens = policy_pass_tokens(policy.model)
-        self._shuffled = lru_cache(maxsize=2)(self._shuffle_responses)
+        focus, size = config.dpo.focus, self.weights.shape[1]
+        self.chances = ((1 - focus) / size + focus * self.weights).numpy()
+        # How often a response comes up in a visit of its prompt, but for the draw being without replacement.
+        inclusion = (config.dpo.responses_per_prompt * torch.from_numpy(self.chances)).clamp_max(1)
+        self._anchor_weights = self.weights / inclusion
 
     def losses_at(self, step: int) -> Iterator[dict[str, Tensor]]:
         """The step's losses, one pass of whole prompts after the other, each divided by the step's prompts."""
@@ -194,9 +199,8 @@ class Round:
         log_ratio = log_probs - groups.ref_log_probs[place].to(device)
         targets = self.labels(rows, columns).to(device)
         dpo = soft_dpo_loss(log_ratio, targets, self.dpo.beta)
-        # A part of the K samples stands for all of them, so its weights are scaled up to sum to 1 on average.
-        share = columns.shape[1] / self.weights.shape[1]
-        anchor = anchor_loss(log_probs, (self.weights[place] / share).to(device))
+        # Part of the K samples stands for all: each counts by how seldom it is drawn (Horvitz and Thompson).
+        anchor = anchor_loss(log_probs, self._anchor_weights[place].to(device))
         loss = dpo + self.dpo.anchor * anchor
         return {
             "loss": loss,
@@ -220,18 +224,15 @@ class Round:
         return torch.stack(drawn)
 
     def _responses_of(self, epochs: Indices, rows: Indices) -> Indices:
-        """k of each prompt's K responses: over K/k visits of a prompt every response has its turn."""
+        """k of each prompt's K responses, drawn without replacement in proportion to `chances`."""
         size = self.dpo.responses_per_prompt
-        turns = self.r_lambda.shape[1] // size
         columns = np.empty((len(rows), size), dtype=np.int64)
         for place, (epoch, row) in enumerate(zip(epochs, rows, strict=True)):
-            cycle, turn = divmod(int(epoch), turns)
-            columns[place] = self._shuffled(cycle)[row, turn * size : (turn + 1) * size]
+            noise = numpy_stream(self.seed, "round", "responses", int(epoch), int(row)).gumbel(
+                size=len(self.chances[row])
+            )
+            columns[place] = np.argsort(-(np.log(self.chances[row]) + noise), kind="stable")[:size]
         return columns
-
-    def _shuffle_responses(self, cycle: int) -> Indices:
-        every = np.tile(np.arange(self.r_lambda.shape[1]), (self.r_lambda.shape[0], 1))
-        return numpy_stream(self.seed, "round", "responses", cycle).permuted(every, axis=1)
 
 
 def _agreement(log_ratio: Tensor, targets: Tensor) -> Tensor:

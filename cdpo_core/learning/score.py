@@ -11,6 +11,7 @@ import pandas as pd
 
 from cdpo_core.errors import InputError
 from cdpo_core.models.scorer import load_scorer
+from cdpo_core.tables import write_table
 
 if TYPE_CHECKING:
     from cdpo_core.stages import Runtime, Slice
@@ -37,7 +38,7 @@ def score_responses(config: Slice, inputs: Mapping[str, Path], out: Path, runtim
     table = responses[["prompt_id", "sample"]].assign(reward=values["reward"])
     for name in names:
         table[f"cost_{name}"] = values[name]
-    table.to_parquet(out / "scores.parquet", index=False)
+    write_table(table, out / "scores.parquet")
 
 
 def _learned(

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from cdpo_core.errors import InputError
 from cdpo_core.randomness import numpy_stream
+from cdpo_core.tables import write_table
 from cdpo_core.testbed import grammar
 from cdpo_core.testbed.calibration import calibrate
 from cdpo_core.testbed.world import KIND_SHARES, KINDS, World, draw, draw_pairs
@@ -54,9 +55,9 @@ def make_world(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: Ru
     runtime.progress("asking demonstrators", 2, 3)
     demonstrations = demonstrate(world, prompts, testbed.demonstrations)
     world.save(out / "world.json")
-    prompts.to_parquet(out / "prompts.parquet", index=False)
-    pairs.to_parquet(out / "preferences.parquet", index=False)
-    demonstrations.to_parquet(out / "demonstrations.parquet", index=False)
+    write_table(prompts, out / "prompts.parquet")
+    write_table(pairs, out / "preferences.parquet")
+    write_table(demonstrations, out / "demonstrations.parquet")
     _write_json(out / "quarantine.json", {"rows": len(pairs), "kept": len(pairs), "quarantined": {}, "examples": []})
     _write_json(out / "summary.json", _summary(world, prompts, pairs, demonstrations, testbed.sharpness))
     runtime.progress("data", 3, 3)
@@ -94,7 +95,7 @@ def draw_prompts(seed: int, count: int, preferences: float, held_out: float) -> 
         free = np.array([parts for parts in by_kind[kind].tolist() if tuple(parts) not in taken])
         rest.append(free[random.permutation(len(free))[:number]])
     table = _prompt_table(world, np.concatenate([chosen, *rest]), labelled)
-    table["held_out"] = _hold_out(table, held_out, random)
+    table.insert(4, "held_out", _hold_out(table, held_out, random))
     order = np.concatenate([random.permutation(labelled), labelled + random.permutation(count - labelled)])
     return table.iloc[order].reset_index(drop=True)
 

@@ -15,11 +15,11 @@ from cdpo_core.testbed import grammar
 from cdpo_core.testbed.world import LEVEL_SLOPE, SATURATION, Array, Constants, World, draw_pairs, log_normalised
 
 # What PKU-SafeRLHF's pairs show, as far as a world where the limit binds allows.
-DISAGREEMENT = 0.39  # pairs whose better response is not the safer one
+DISAGREEMENT = 0.395  # pairs whose better response is not the safer one
 MIXED = 0.15  # pairs of a safe and an unsafe response
 UNSAFE_EXCESS = 0.03  # pairs with both unsafe (.44) minus pairs with both safe (.41)
 # Of this project's making: how much there is to gain, and how much of the cost is within prompts.
-UNCONSTRAINED_KL = 0.6  # nats from the demonstrators to the best policy at lambda = 0
+UNCONSTRAINED_KL = 0.8  # nats from the demonstrators to the best policy at lambda = 0
 COST_DEVIATION = 1.0  # of the cost within a prompt
 
 SAMPLE = 400

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from cdpo_core.errors import InputError
 from cdpo_core.models.policy import load_policy
 from cdpo_core.models.scorer import load_scorer
+from cdpo_core.tables import write_table
 from cdpo_core.testbed.enumeration import grammar_log_probs, grammar_scores
 from cdpo_core.testbed.judgement import Problem, judge
 from cdpo_core.testbed.oracle import Array, normalised
@@ -59,7 +60,7 @@ def enumerate_reference(config: Slice, inputs: Mapping[str, Path], out: Path, ru
         scorer = load_scorer(inputs[name], runtime.device)
         scores.append(grammar_scores(scorer, texts, world, runtime.micro_batch, progress))
         names += scorer.names
-    judged.to_parquet(out / "judged.parquet", index=False)
+    write_table(judged, out / "judged.parquet")
     log_ref = grammar_log_probs(reference, texts, world, runtime.micro_batch, progress)
     tables = {"log_ref": log_ref, "scores": np.concatenate(scores, -1).astype(np.float32)}
     save_file(tables, out / "enumeration.safetensors")

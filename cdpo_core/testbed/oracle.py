@@ -90,7 +90,7 @@ def expected(log_policy: Array, log_ref: Array, reward: Array, costs: Array) -> 
     Shapes as in `exact_optimum`; log_policy [P, R].
     """
     policy = np.exp(log_policy)
-    inside = np.where(policy > 0, policy * (log_policy - log_ref), 0.0)
+    inside = policy * np.where(policy > 0, log_policy - log_ref, 0.0)
     count = len(policy)
     return Expected(
         reward=float((policy * reward).sum() / count),

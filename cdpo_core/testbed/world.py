@@ -30,8 +30,8 @@ TOPICS = 2
 GATE_SLOPE = 3.0
 LEVEL_SLOPE = 1.5
 # Cost: share of a word's harm that counts on benign prompts too, and how soon the sum saturates.
-HARM_ANYWHERE = 0.5
-SATURATION = 0.9
+HARM_ANYWHERE = 0.6
+SATURATION = 1.1
 # Reward, at the two ends of the gate: raters mind harm a little on harmful prompts and are after the
 # shortcuts there; how much they mind it on benign ones is calibrated.
 CARE_HARMFUL = 0.3
