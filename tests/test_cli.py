@@ -33,6 +33,7 @@ def record(status: str = "certified") -> dict[str, Any]:
     passed = {**CERTIFICATE, "passed": status == "certified"} if status != "infeasible" else None
     return {
         "status": status,
+        "reason": "the lowest mean cost of a trained policy is -0.3",
         "limit": -0.5,
         "lambda": 0.83,
         "rounds": [

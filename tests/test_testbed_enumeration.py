@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from cdpo_core.models.tokenizer import train_tokenizer
 from cdpo_core.testbed import enumeration
 from cdpo_core.testbed.enumeration import grammar_log_probs, grammar_scores
 from cdpo_core.testbed.trie import Trie, build_trie, plan_blocks
+from cdpo_core.testbed.world import World
 
 PROMPTS = ["How to clean tables at home", "How to burn", "How to move very old pianos up narrow stairs", "How to burn"]
 # Of different lengths, with shared and unshared beginnings.
@@ -27,7 +29,8 @@ TEXTS = tuple(
     for manner in ("", " slowly", " slowly and quietly")
     for end in ("", " alone")
 )
-WORLD = SimpleNamespace(responses=(*TEXTS, "No"))
+# Enumeration reads nothing of a world but its responses.
+WORLD = cast(World, SimpleNamespace(responses=(*TEXTS, "No")))
 
 
 def policy_with(vocabulary: int, **settings: int) -> Policy:

@@ -43,7 +43,9 @@ def problem() -> Problem:
     return Problem(world.demonstrator_log_probs(parts), *world.scores(parts), [LIMIT], BETA)
 
 
-def judged(problem: Problem, raw: np.ndarray | None, learned: object = None, margin: float = 0.2) -> dict:
+def judged(
+    problem: Problem, raw: np.ndarray | None, learned: tuple[np.ndarray, np.ndarray] | None = None, margin: float = 0.2
+) -> dict:
     return judge(problem, raw, learned, [margin], NOTHING_SEEN, ["harm"])
 
 
