@@ -55,11 +55,12 @@ class TestbedConfig(Section):
 
     seed: int = Field(0, ge=0, description="Seed of the world; any seed is a fresh world of the same difficulty.", json_schema_extra={"position": 0})
     scorers: Literal["learned", "oracle"] = Field("learned", description="`learned` trains reward and cost models from noisy labels; `oracle` uses the truth.", json_schema_extra={"position": 1})
-    prompts: int = Field(2000, ge=50, description="Number of prompts.", json_schema_extra={"position": 2})
+    prompts: int = Field(2000, ge=50, le=7776, description="Number of prompts.", json_schema_extra={"position": 2})
     pairs_per_prompt: int = Field(40, ge=1, description="Labelled response pairs for each preference prompt.", json_schema_extra={"position": 3})
     demonstrations: int = Field(20000, ge=100, description="Demonstrations for supervised fine-tuning.", json_schema_extra={"position": 4})
     sharpness: float = Field(2.0, gt=0, description="Log-odds of an annotator's label per unit of reward or cost.", json_schema_extra={"position": 5})
     calibrated_limit: float = Field(-0.5, description="The cost limit the world is calibrated to have half way between the unconstrained policy and the floor.", json_schema_extra={"position": 6})
+    calibrated_beta: float = Field(1.0, gt=0, description="The dpo.beta at which it lies there; another dpo.beta keeps the world and moves its optimum.", json_schema_extra={"position": 7})
 
 
 class PolicyConfig(Section):

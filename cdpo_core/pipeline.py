@@ -15,7 +15,6 @@ from cdpo_core.stages import Compute, Runtime, Slice, Stage
 DATA_FIELDS = ("data.splits", "data.held_out")
 SCRATCH_POLICY = ("policy.hidden_size", "policy.layers", "policy.heads", "policy.vocabulary_size")
 POLICY_FIELDS = (
-    "policy.base",
     "policy.template",
     "policy.max_prompt_tokens",
     "policy.max_response_tokens",
@@ -49,7 +48,7 @@ TESTBED_DATA = Stage(
         "testbed.demonstrations",
         "testbed.sharpness",
         "testbed.calibrated_limit",
-        "dpo.beta",
+        "testbed.calibrated_beta",
         *DATA_FIELDS,
     ),
 )

@@ -92,13 +92,7 @@ def exact_floor(bench: Workbench, prepared: Prepared) -> list[float]:
 
 def enumerate_reference(bench: Workbench, prepared: Prepared, scored: Scored) -> ArtifactRef:
     """On the testbed: the reference's exact probabilities and the learned scores over all responses."""
-    inputs = {
-        "data": prepared.data,
-        "reference": prepared.reference,
-        "splits": scored.splits,
-        "responses": prepared.pool_responses,
-        "scores": scored.pool_scores,
-    }
+    inputs = {"data": prepared.data, "reference": prepared.reference, "splits": scored.splits}
     inputs |= {f"scorers_{index}": ref for index, ref in enumerate(scored.scorers)}
     return bench.run(pipeline.ENUMERATION, inputs, "exact reference")
 
@@ -114,6 +108,8 @@ def judge_policy(
     """On the testbed: how much of what the exact optimum gains the policy captures (`oracle`)."""
     limits = [item.limit for item in bench.config.constraints]
     inputs = {"data": prepared.data, "enumeration": enumerated, "policy": policy}
-    ref = bench.run(pipeline.JUDGEMENT, inputs, label, limits=limits, margins=[round(m, 6) for m in margins])
+    names = [{"name": item.name, "labels": item.labels} for item in bench.config.constraints]
+    rounded = [round(margin, 6) for margin in margins]
+    ref = bench.run(pipeline.JUDGEMENT, inputs, label, limits=limits, margins=rounded, constraints=names)
     judgement: dict[str, Any] = json.loads((bench.folder(ref) / "judge.json").read_text())
     return judgement

@@ -39,9 +39,9 @@ def frontier_points(children: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 
 
 def exact_frontier(children: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-    """[cost, reward] of the exact optimum at each limit on the testbed; [] elsewhere."""
-    records = [child["oracle"] for child in children if child["oracle"].get("optimal_cost") is not None]
-    return sorted([record["optimal_cost"], record["optimal_reward"]] for record in records)
+    """[cost, reward] of the exact optimum along the limits on the testbed, from loose to tight; [] elsewhere."""
+    known = [child["oracle"]["frontier"] for child in children if child["oracle"].get("frontier")]
+    return sorted([point["cost"], point["reward"]] for point in known[0]) if known else []
 
 
 def choose_for_sweep(bench: Workbench, children: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -22,8 +22,8 @@ from cdpo_core.config_loading import load_config
 from tasks.storage import open_store
 
 CONFIG = "tiny"
-# A stage's bytes are promised for a fixed number of threads only.
-OVERRIDES = {"compute.threads": "1"}
+# A stage's bytes are promised for a fixed number of threads only; from λ = 0 there is a trajectory to compare.
+OVERRIDES = {"compute.threads": "1", "dual.start": "zero", "dual.rounds": "3"}
 SECONDS = 300
 # What two runs of one experiment may differ in: when and where they ran, and what was there already.
 CIRCUMSTANCES = {"seconds", "cached", "tracking", "store", "uri", "ended_ms"}

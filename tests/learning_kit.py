@@ -32,7 +32,7 @@ CONFIG = ExperimentConfig.model_validate(
     }
 )
 SFT_FIELDS = (
-    *("seed", "policy.base", "policy.template", "policy.max_prompt_tokens", "policy.max_response_tokens"),
+    *("seed", "policy.template", "policy.max_prompt_tokens", "policy.max_response_tokens"),
     *("policy.dtype", "policy.trust_remote_code", "policy.hidden_size", "policy.layers", "policy.heads"),
     *("policy.vocabulary_size", "sft.train", "sft.steps", "sft.batch", "sft.learning_rate"),
 )
@@ -66,7 +66,8 @@ def changed(**sections: dict[str, object]) -> ExperimentConfig:
 
 
 def sft_slice(config: ExperimentConfig = CONFIG) -> Slice:
-    return pick(config, SFT_FIELDS)
+    base = "scratch" if config.policy.base == "scratch" else "loaded"
+    return pick(config, SFT_FIELDS, base=base)
 
 
 def scorer_slice(config: ExperimentConfig = CONFIG, **extra: object) -> Slice:

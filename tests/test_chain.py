@@ -12,7 +12,8 @@ from tasks.storage import open_store
 
 pytestmark = pytest.mark.slow
 
-LOWEST, SHIPPED, HIGHEST = -9.0, -0.5, 9.0
+LOWEST, SHIPPED, HIGHEST = -9.0, -0.2, 9.0
+OTHER = -0.1
 # What neither lambda nor the limit enters.
 SHARED = ["data", "enumeration", "scorers", "sft", "splits"]
 
@@ -35,7 +36,7 @@ def again(finished: Finished) -> Again:
 @pytest.fixture(scope="module")
 def other_limit(finished: Finished, again: Again) -> dict[str, Any]:
     """The same experiment at a looser limit, in the same store."""
-    return run_here(finished.home, "--limit", "-0.3")[1]
+    return run_here(finished.home, "--limit", f"{OTHER:g}")[1]
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +72,15 @@ def test_same_command_again_adds_nothing_to_mlflow(finished: Finished, again: Ag
 
 
 def test_another_limit_computes_only_what_it_enters(finished: Finished, other_limit: dict[str, Any]) -> None:
-    seen = set(trajectory(finished.result)) | {0.0}
-    allowed = {f"policy at λ = {value:g}" for value in trajectory(other_limit) if value not in seen}
-    allowed |= {f"selection at λ = {v:g}: {what}" for v in trajectory(other_limit) for what in ("responses", "scores")}
+    seen, now = trajectory(finished.result), trajectory(other_limit)
+    new = [value for value in now if value not in seen]
+    allowed = {f"policy at λ = {value:g}" for value in new}
+    allowed |= {f"selection at λ = {value:g}: {what}" for value in new for what in ("responses", "scores")}
     allowed |= {f"{which}: {what}" for which in ("certificate", "test of policy") for what in ("responses", "scores")}
-    assert other_limit["limit"] == -0.3
+    assert other_limit["limit"] == OTHER
     assert set(computed(other_limit)) <= allowed | {"exact judge"}
     assert "exact judge" in computed(other_limit)
+    assert new
 
 
 def test_another_limit_is_another_mlflow_run(finished: Finished, other_limit: dict[str, Any]) -> None:

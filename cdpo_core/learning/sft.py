@@ -37,10 +37,10 @@ def train_sft(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: Run
     """Stage: the reference policy, trained on the demonstrations or taken as it is.
 
     Args:
-        config: seed, policy.{base, template, max_prompt_tokens, max_response_tokens, dtype,
+        config: seed, base (`scratch` or `loaded`), policy.{template, max_prompt_tokens, max_response_tokens, dtype,
             trust_remote_code, hidden_size, layers, heads, vocabulary_size},
             sft.{train, steps, batch, learning_rate}.
-        inputs: data (demonstrations.parquet); base, a model folder, unless policy.base is `scratch`.
+        inputs: data (demonstrations.parquet); base, a model folder, unless base is `scratch`.
         out: gets the policy's Hugging Face folder with policy.json, and training.json.
         runtime: device, micro_batch (demonstrations), scratch, progress.
 
@@ -67,7 +67,7 @@ def train_sft(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: Run
 def _starting_policy(
     config: Slice, inputs: Mapping[str, Path], demonstrations: pd.DataFrame, runtime: Runtime
 ) -> Policy:
-    if config.policy.base != "scratch":
+    if config.base != "scratch":
         dtype = torch.float32 if config.sft.train else None
         return load_policy(inputs["base"], config_policy=config.policy, device=runtime.device, dtype=dtype)
     if not config.sft.train:

@@ -34,7 +34,7 @@ def make_world(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: Ru
     """Stage: the testbed's `data` artifact, with world.json beside the tables.
 
     Reads testbed.{seed, prompts, pairs_per_prompt, demonstrations, sharpness, calibrated_limit},
-    dpo.beta, data.splits and data.held_out.
+    testbed.calibrated_beta, data.splits and data.held_out.
 
     Raises:
         InputError: more prompts asked for than leave some to demonstrate on.
@@ -45,7 +45,7 @@ def make_world(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: Ru
     runtime.progress("calibrating the world", 0, 3)
     world = calibrate(
         testbed.seed,
-        beta=config.dpo.beta,
+        beta=config.testbed.calibrated_beta,
         limit=testbed.calibrated_limit,
         sharpness=testbed.sharpness,
         pool=part_indices(pool),
