@@ -74,18 +74,28 @@ def offline_dual(bench: Workbench, scored: Scored) -> OfflineDual:
 
 def _margins(bench: Workbench, prepared: Prepared, scored: Scored, dual: OfflineDual, limits: np.ndarray) -> np.ndarray:
     """The certificate's planned margin from the costs the offline policy is predicted to have."""
-    config = bench.config
+    config, sampling = bench.config, bench.config.sampling
     point = dual.expected(dual.solve(limits, config.dual.lambda_max))
-    within = np.diag(point.hessian) * config.dpo.beta / config.sampling.certificate
     kinds = prompt_kinds(bench, prepared.data, measured_from(bench, scored.responses, scored.scores).prompts())
+    between = [prompt_spread(costs, kinds)[0] for costs in point.prompt_costs.T]
+    within = (np.diag(point.hessian) * config.dpo.beta).tolist()
+    prompts = {split: _prompts_of(bench, scored, split) for split in ("selection", "certificate")}
+    # Paired with the reference, the prompts' own spread cancels: what is left is the spread of the responses.
+    shares = (1 / sampling.selection + 1 / sampling.pool) / prompts["selection"]
     rules = config.certificate
-    clip = {"low": rules.cost_low, "high": rules.cost_high}
-    prompts = certificate_prompts(bench, scored)
-    spread = [prompt_spread(costs, kinds)[0] for costs in point.prompt_costs.T]
     return np.array(
         [
-            planned_margin(math.hypot(sd, math.sqrt(var)), prompts, rules.delta, rules.power, rules.method, **clip)
-            for sd, var in zip(spread, within.tolist(), strict=True)
+            planned_margin(
+                math.sqrt(spread**2 + variance / sampling.certificate),
+                prompts["certificate"],
+                rules.delta,
+                rules.power,
+                rules.method,
+                selection_error=math.sqrt(variance * shares),
+                low=rules.cost_low,
+                high=rules.cost_high,
+            )
+            for spread, variance in zip(between, within, strict=True)
         ]
     )
 
@@ -139,7 +149,7 @@ def candidate(bench: Workbench, prepared: Prepared, measured: Measured, round_: 
 def cost_upper(bench: Workbench, scored: Scored, candidate: Candidate) -> list[float]:
     """[m] what the certificate would say of a round: its selection mean plus the expected half-width."""
     rules = bench.config.certificate
-    prompts = certificate_prompts(bench, scored)
+    prompts = _prompts_of(bench, scored, "certificate")
     return [
         mean + expected_half_width(sd, prompts, rules.delta, rules.method, low=rules.cost_low, high=rules.cost_high)
         for mean, sd in zip(candidate.cost, candidate.sd, strict=True)
@@ -150,14 +160,13 @@ def choose_round(bench: Workbench, scored: Scored, candidates: list[Candidate]) 
     """Index of the round whose policy goes to the certificate."""
     rules = bench.config.certificate
     limits = tuple(item.limit for item in bench.config.constraints)
-    prompts = certificate_prompts(bench, scored)
+    prompts = _prompts_of(bench, scored, "certificate")
     clip = {"low": rules.cost_low, "high": rules.cost_high}
     return select_round(candidates, limits, prompts, rules.delta, rules.method, **clip)
 
 
-def certificate_prompts(bench: Workbench, scored: Scored) -> int:
-    """Number of prompts the certificate will be tested on."""
-    return int((bench.table(scored.splits, "splits")["split"] == "certificate").sum())
+def _prompts_of(bench: Workbench, scored: Scored, split: str) -> int:
+    return int((bench.table(scored.splits, "splits")["split"] == split).sum())
 
 
 def predicted_curve(plan: OfflinePlan) -> tuple[np.ndarray, np.ndarray]:

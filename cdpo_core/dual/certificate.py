@@ -215,23 +215,26 @@ def planned_margin(
     power: float,
     method: Method = "t",
     *,
+    selection_error: float = 0.0,
     low: float = -10.0,
     high: float = 10.0,
 ) -> float:
-    """How far below the limit to aim so that a policy on target is certified with probability `power`.
+    """How far below the limit to aim so that a policy found on target is certified with probability `power`.
 
-    The expected half-width of the bound plus z_power·sd/√n for the draw of the prompts.
+    The expected half-width of the bound plus z_power·√(sd²/n + selection_error²): chance enters by the
+    draw of the certificate's prompts and by how well the policy's mean cost was known when it was chosen.
 
     Args:
         sd: deviation of the prompts' mean costs, cost units (see `prompt_spread`).
         prompts: number of certificate prompts, >= 2.
         delta, method, low, high: as in `certify`.
         power: in (0, 1).
+        selection_error: standard error of the mean cost that was measured when the policy was chosen.
 
     Returns:
         cost units; the training target is limit − margin.
     """
-    chance = float(stats.norm.ppf(power)) * sd / math.sqrt(prompts)
+    chance = float(stats.norm.ppf(power)) * math.hypot(sd / math.sqrt(prompts), selection_error)
     return max(expected_half_width(sd, prompts, delta, method, low=low, high=high) + chance, 0.0)
 
 
