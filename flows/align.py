@@ -78,7 +78,7 @@ def align(bench: Workbench, prepared: Prepared, scored: Scored, journal: Journal
         measured = _on_selection(bench, prepared, scored, policy, step.lambda_)
         policies.append(policy)
         history.append(dual_round(bench, prepared, scored, measured, step.lambda_))
-        candidates.append(candidate(bench, prepared, measured, history[-1]))
+        candidates.append(candidate(bench, prepared, scored, measured, history[-1]))
         figures = {
             "cost": history[-1].cost,
             "cost_upper": cost_upper(bench, scored, candidates[-1]),

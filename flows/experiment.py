@@ -40,7 +40,7 @@ from flows.preflight import check_before_run
 from flows.prepare import prepare
 from tasks.journal import Journal, announce
 from tasks.preference_models import scorer_reports
-from tasks.records import Prepared
+from tasks.records import Prepared, Scored
 from tasks.report import draw_figures, report_folder, write_json, write_samples
 from tasks.result import Outcome, experiment_result
 from tasks.workbench import Workbench, open_workbench, outcome, report_progress_to
@@ -125,7 +125,9 @@ def _conduct(bench: Workbench) -> dict[str, Any]:
         journal.scorers(reports, scored.scorers)
         alignment = align(bench, prepared, scored, journal)
         evaluation = evaluate(bench, prepared, scored, alignment)
-        result = experiment_result(bench, journal, alignment.plan, reports, _outcome(prepared, alignment, evaluation))
+        result = experiment_result(
+            bench, journal, alignment.plan, reports, _outcome(prepared, scored, alignment, evaluation)
+        )
         folder = report_folder(journal.key, bench.config.name)
         draw_figures(bench, result, alignment.plan, alignment.history, evaluation.test, folder)
         write_samples(bench, prepared, evaluation.test, folder)
@@ -138,9 +140,10 @@ def _conduct(bench: Workbench) -> dict[str, Any]:
     return result
 
 
-def _outcome(prepared: Prepared, alignment: Alignment, evaluation: Evaluation) -> Outcome:
+def _outcome(prepared: Prepared, scored: Scored, alignment: Alignment, evaluation: Evaluation) -> Outcome:
     return Outcome(
         data=prepared.data,
+        pool_scores=scored.pool_scores,
         rounds=alignment.rounds,
         reason=alignment.reason,
         chosen=alignment.chosen,

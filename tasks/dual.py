@@ -6,6 +6,7 @@ All of it is computed from stored artifacts in milliseconds, so a continued run 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from cdpo_core.dual.selection import Candidate, select_round
 from cdpo_core.evaluation.measure import Measured
 from cdpo_core.evaluation.metrics import paired_mean, within_prompt_covariance
 from tasks.records import Prepared, Scored
-from tasks.rounds import measured_from, prompt_kinds
+from tasks.rounds import measured_from, prompt_strata
 from tasks.workbench import Workbench
 
 CURVE_POINTS = 60
@@ -76,8 +77,8 @@ def _margins(bench: Workbench, prepared: Prepared, scored: Scored, dual: Offline
     """The certificate's planned margin from the costs the offline policy is predicted to have."""
     config, sampling = bench.config, bench.config.sampling
     point = dual.expected(dual.solve(limits, config.dual.lambda_max))
-    kinds = prompt_kinds(bench, prepared.data, measured_from(bench, scored.responses, scored.scores).prompts())
-    between = [prompt_spread(costs, kinds)[0] for costs in point.prompt_costs.T]
+    prompt_ids = measured_from(bench, scored.responses, scored.scores).prompts()
+    between = _spreads(bench, prepared, scored, prompt_ids, point.prompt_costs)
     within = (np.diag(point.hessian) * config.dpo.beta).tolist()
     prompts = {split: _prompts_of(bench, scored, split) for split in ("selection", "certificate")}
     # Paired with the reference, the prompts' own spread cancels: what is left is the spread of the responses.
@@ -139,10 +140,20 @@ def dual_round(
     )
 
 
-def candidate(bench: Workbench, prepared: Prepared, measured: Measured, round_: Round) -> Candidate:
+def _spreads(
+    bench: Workbench, prepared: Prepared, scored: Scored, prompt_ids: Sequence[str], prompt_costs: np.ndarray
+) -> list[float]:
+    """Deviation of the prompts' mean costs [n, m] within the certificate's strata, one for each constraint."""
+    return [
+        prompt_spread(costs, prompt_strata(bench, prepared.data, scored.pool_scores, name, prompt_ids))[0]
+        for name, costs in zip(bench.names, prompt_costs.T, strict=True)
+    ]
+
+
+def candidate(bench: Workbench, prepared: Prepared, scored: Scored, measured: Measured, round_: Round) -> Candidate:
     """A round's figures as the choice of policy weighs them."""
-    kinds = prompt_kinds(bench, prepared.data, measured.prompts())
-    spread = [prompt_spread(costs, kinds)[0] for costs in measured.prompt_costs(bench.names).to_numpy().T]
+    costs = measured.prompt_costs(bench.names).to_numpy()
+    spread = _spreads(bench, prepared, scored, measured.prompts(), costs)
     return Candidate(reward=measured.reward().mean, cost=round_.cost, sd=tuple(spread))
 
 

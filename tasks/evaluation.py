@@ -9,12 +9,14 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
+
 from cdpo_core import pipeline
 from cdpo_core.artifacts import ArtifactRef, Store
 from cdpo_core.dual.certificate import Certificate, certify
 from cdpo_core.evaluation.measure import Measured
 from tasks.records import Prepared, Scored
-from tasks.rounds import measure_policy, prompt_kinds
+from tasks.rounds import measure_policy, prompt_strata
 from tasks.workbench import Workbench
 
 
@@ -44,19 +46,31 @@ def certify_policy(bench: Workbench, prepared: Prepared, scored: Scored, policy:
     spent = spend(bench.store, scored.splits, policy, limits)
     samples = config.sampling.certificate
     measured = measure_policy(bench, prepared, scored, policy, "certificate", samples, "certificate")
-    return Certified(certificates_of(bench, prepared.data, measured, limits, config.certificate.delta), measured, spent)
+    return Certified(
+        certificates_of(bench, prepared.data, scored.pool_scores, measured, limits, config.certificate.delta),
+        measured,
+        spent,
+    )
 
 
 def certificates_of(
-    bench: Workbench, data: ArtifactRef, measured: Measured, limits: Sequence[float], delta: float
+    bench: Workbench,
+    data: ArtifactRef,
+    pool_scores: ArtifactRef,
+    measured: Measured,
+    limits: Sequence[float],
+    delta: float,
 ) -> list[Certificate]:
     """The certificates the measured costs earn against the limits [m] at error probability delta."""
     rules = bench.config.certificate
     costs = measured.prompt_costs(bench.names)
-    kinds = prompt_kinds(bench, data, measured.prompts())
     clip = {"low": rules.cost_low, "high": rules.cost_high}
+
+    def strata(name: str) -> np.ndarray | None:
+        return prompt_strata(bench, data, pool_scores, name, measured.prompts())
+
     return [
-        certify(costs[name].to_numpy(), limit, delta, rules.method, strata=kinds, **clip)
+        certify(costs[name].to_numpy(), limit, delta, rules.method, strata=strata(name), **clip)
         for name, limit in zip(bench.names, limits, strict=True)
     ]
 

@@ -62,7 +62,8 @@ def _passes_at(bench: Workbench, child: Mapping[str, Any], delta: float) -> bool
     evidence = [ArtifactRef(**source) for source in child["certificate"]["evidence"]]
     limits = [item["limit"] for item in child["constraints"]]
     data = ArtifactRef(**child["data"])
-    certificates = certificates_of(bench, data, measured_from(bench, *evidence), limits, delta)
+    pool_scores = ArtifactRef(**child["pool_scores"])
+    certificates = certificates_of(bench, data, pool_scores, measured_from(bench, *evidence), limits, delta)
     return all(item.passed for item in certificates)
 
 

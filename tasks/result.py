@@ -27,6 +27,7 @@ class Outcome:
 
     Attributes:
         data: the data artifact.
+        pool_scores: the reference's scored responses to the prompts that were split.
         rounds: the rounds' records, oldest first; empty when the limit was known to be out of reach.
         reason: why the rounds ended.
         chosen: index of the returned round; -1 when there is none.
@@ -38,6 +39,7 @@ class Outcome:
     """
 
     data: ArtifactRef
+    pool_scores: ArtifactRef
     rounds: Sequence[Mapping[str, Any]]
     reason: str
     chosen: int
@@ -85,6 +87,7 @@ def experiment_result(
         "tracking": {"run_id": run_id, "uri": journal.tracker.uri, "url": journal.tracker.run_url(run_id)},
         "store": bench.store.uri,
         "data": outcome.data.model_dump(),
+        "pool_scores": outcome.pool_scores.model_dump(),
         "seed": bench.config.seed,
         "ended_ms": journal.ended_ms(),
         "versions": library_versions(),

@@ -8,6 +8,7 @@ import numpy as np
 
 from cdpo_core import pipeline
 from cdpo_core.artifacts import ArtifactRef
+from cdpo_core.dual.certificate import cost_strata
 from cdpo_core.evaluation.measure import Measured, join_scores
 from tasks.data import sample_split
 from tasks.preference_models import score
@@ -53,8 +54,11 @@ def measured_from(bench: Workbench, responses: ArtifactRef, scores: ArtifactRef)
     return join_scores(*tables, sources=(responses, scores))
 
 
-def prompt_kinds(bench: Workbench, data: ArtifactRef, prompt_ids: Sequence[str]) -> np.ndarray | None:
-    """[n] the prompts' kinds, which every split holds in fixed proportion; None where they are not known."""
-    kinds = bench.table(data, "prompts").set_index("prompt_id")["kind"].loc[list(prompt_ids)]
-    is_known = bool((kinds != "").all()) and int(kinds.value_counts().min()) > 1
-    return kinds.to_numpy(str) if is_known else None
+def prompt_strata(
+    bench: Workbench, data: ArtifactRef, pool_scores: ArtifactRef, name: str, prompt_ids: Sequence[str]
+) -> np.ndarray | None:
+    """[n] strata for the certificate of one cost: the prompts' kinds and the reference's mean cost there."""
+    kinds = bench.table(data, "prompts").set_index("prompt_id")["kind"]
+    costs = bench.table(pool_scores, "scores").groupby("prompt_id")[f"cost_{name}"].mean()
+    pool = costs.index.tolist()
+    return cost_strata(prompt_ids, pool, kinds.loc[pool].tolist(), costs.to_numpy(float))

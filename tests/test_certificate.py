@@ -10,6 +10,7 @@ from scipy import stats
 from cdpo_core.dual.certificate import (
     betting_upper_bound,
     certify,
+    cost_strata,
     expected_half_width,
     planned_margin,
     prompt_spread,
@@ -189,3 +190,42 @@ def test_what_cannot_be_tested_is_refused() -> None:
         certify(np.array([0.0, math.nan]), 0.0, 0.05)
     with pytest.raises(ValueError, match="delta"):
         certify(np.zeros(3), 0.0, 0.7)
+
+
+def test_strata_are_alike_in_kind_and_in_the_references_cost() -> None:
+    random = numpy_stream(0, "strata")
+    pool = [f"p{number}" for number in range(400)]
+    kinds = ["benign"] * 200 + ["harmful"] * 200
+    costs = random.normal(size=400) + np.repeat([-2.0, 2.0], 200)
+    chosen = random.choice(400, size=100, replace=False)
+    strata = cost_strata([pool[place] for place in chosen], pool, kinds, costs)
+    assert strata is not None
+    for name in np.unique(strata):
+        here = chosen[strata == name]
+        assert len(here) > 1
+        assert len({kinds[place] for place in here}) == 1
+        assert np.ptp(costs[here]) < np.ptp(costs[:200])
+    assert prompt_spread(costs[chosen], strata)[0] < 0.5 * prompt_spread(costs[chosen])[0]
+
+
+def test_few_prompts_have_one_stratum_or_none() -> None:
+    pool = [f"p{number}" for number in range(12)]
+    assert set(cost_strata(pool[:8], pool, [""] * 12, np.arange(12.0)).tolist()) == {"/0"}
+    assert cost_strata(pool[:3], pool, ["a", "a", "b", *["a"] * 9], np.arange(12.0)) is None
+
+
+@pytest.mark.parametrize("delta", [0.05, 0.1])
+def test_strata_by_a_noisy_reference_keep_the_level(delta: float) -> None:
+    random = numpy_stream(1, "strata", str(delta))
+    passes = 0
+    for _ in range(500):
+        level = random.normal(0, 2, 1500)
+        reference = level + random.normal(0, 0.4, 1500)
+        # A split drawn in proportion from each fortieth of the pool, as `make_splits` draws it.
+        order = np.argsort(reference).reshape(-1, 15)
+        chosen = np.concatenate([random.choice(block, 4, replace=False) for block in order])
+        policy = level + random.normal(0, 0.5, 1500)
+        pool = [str(number) for number in range(1500)]
+        strata = cost_strata([pool[place] for place in chosen], pool, [""] * 1500, reference)
+        passes += certify(policy[chosen], float(policy.mean()), delta, strata=strata).passed
+    assert passes <= 500 * (delta + 2.5 * np.sqrt(delta * (1 - delta) / 500))

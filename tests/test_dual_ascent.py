@@ -199,7 +199,7 @@ def test_a_limit_below_the_floor_is_infeasible_in_words(first: float) -> None:
     history, end = play(world, settings((floor - 0.8,)), (first,))
     assert end.status == "infeasible"
     assert history[-1].lambda_ == (20.0,)
-    assert f"lowest cost reached is {min(round_.cost[0] for round_ in history):.4g}" in end.reason
+    assert f"lowest mean cost of a trained policy is {min(round_.cost[0] for round_ in history):.4g}" in end.reason
 
 
 def test_rounds_are_limited() -> None:

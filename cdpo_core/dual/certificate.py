@@ -10,6 +10,7 @@ split that served before has already been looked at.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,9 @@ from scipy import stats
 from cdpo_core.errors import InputError
 
 Method = Literal["t", "bounded"]
+# Prompts a stratum, about, and the most strata of one kind of prompt.
+STRATUM = 10
+MOST_GROUPS = 20
 LARGEST_BET = 0.75
 REFINEMENTS = 60
 
@@ -135,6 +139,36 @@ def prompt_spread(prompt_costs: np.ndarray, strata: np.ndarray | None = None) ->
         return 0.0, float(len(costs) - len(groups))
     freedom = variance**2 / sum(part**2 / (len(group) - 1) for part, group in zip(parts, groups, strict=True))
     return math.sqrt(variance), freedom
+
+
+def cost_strata(
+    prompt_ids: Sequence[str], pool_ids: Sequence[str], kinds: Sequence[str], reference_costs: np.ndarray
+) -> np.ndarray | None:
+    """Strata of prompts that are alike before the policy is known: same kind, like mean cost of the reference.
+
+    The splits hold both in fixed proportion by construction, so the differences between strata do not
+    widen a certificate. A group is cut for every ten or so of the given prompts of a kind.
+
+    Args:
+        prompt_ids: [n] prompts of one split.
+        pool_ids: [N] all prompts that were split; kinds: [N] their kinds, "" when unknown.
+        reference_costs: [N] their mean costs under the reference, cost units.
+
+    Returns:
+        [n] labels; None when a stratum would hold fewer than two prompts.
+    """
+    pool = {name: place for place, name in enumerate(pool_ids)}
+    places = np.array([pool[name] for name in prompt_ids])
+    kind_of = np.asarray(kinds, dtype=str)
+    labels = np.empty(len(places), dtype=object)
+    for kind in np.unique(kind_of[places]):
+        here = kind_of[places] == kind
+        groups = int(np.clip(here.sum() // STRATUM, 1, MOST_GROUPS))
+        borders = np.quantile(reference_costs[kind_of == kind], np.arange(1, groups) / groups)
+        group = np.digitize(reference_costs[places[here]], borders)
+        labels[here] = [f"{kind}/{number}" for number in group]
+    counts = np.unique(labels.astype(str), return_counts=True)[1]
+    return labels.astype(str) if counts.min() > 1 else None
 
 
 def betting_upper_bound(prompt_costs: np.ndarray, delta: float, low: float, high: float) -> float:
