@@ -23,8 +23,8 @@ class SplitSizes(Section):
 
     preferences: float = Field(0.25, gt=0, lt=1, description="Share whose labels the reward and cost models learn from.", json_schema_extra={"position": 0})
     policy: float = Field(0.15, gt=0, lt=1, description="Share the policy is trained on.", json_schema_extra={"position": 1})
-    selection: float = Field(0.10, gt=0, lt=1, description="Share that measures each round and chooses the policy.", json_schema_extra={"position": 2})
-    certificate: float = Field(0.40, gt=0, lt=1, description="Share that is spent on the certificate alone.", json_schema_extra={"position": 3})
+    selection: float = Field(0.20, gt=0, lt=1, description="Share that measures each round and chooses the policy.", json_schema_extra={"position": 2})
+    certificate: float = Field(0.30, gt=0, lt=1, description="Share that is spent on the certificate alone.", json_schema_extra={"position": 3})
     test: float = Field(0.10, gt=0, lt=1, description="Share the final report is measured on.", json_schema_extra={"position": 4})
 
     @model_validator(mode="after")

@@ -81,8 +81,6 @@ def _margins(bench: Workbench, prepared: Prepared, scored: Scored, dual: Offline
     between = _spreads(bench, prepared, scored, prompt_ids, point.prompt_costs)
     within = (np.diag(point.hessian) * config.dpo.beta).tolist()
     prompts = {split: _prompts_of(bench, scored, split) for split in ("selection", "certificate")}
-    # Paired with the reference, the prompts' own spread cancels: what is left is the spread of the responses.
-    shares = (1 / sampling.selection + 1 / sampling.pool) / prompts["selection"]
     rules = config.certificate
     return np.array(
         [
@@ -92,7 +90,7 @@ def _margins(bench: Workbench, prepared: Prepared, scored: Scored, dual: Offline
                 rules.delta,
                 rules.power,
                 rules.method,
-                selection_error=math.sqrt(variance * shares),
+                selection_error=math.sqrt((spread**2 + variance / sampling.selection) / prompts["selection"]),
                 low=rules.cost_low,
                 high=rules.cost_high,
             )
