@@ -196,7 +196,8 @@ def compute_stage(
     key = stage_key(stage, slice_, inputs)
     manifest = _whole(store, stage.name, key)
     cached = manifest is not None
-    if manifest is None:
+    # Whoever was killed between publishing and removing its scratch folder leaves it to the next.
+    if manifest is None or (scratch_root / key).exists():
         with held_folder(scratch_root / key, stage.name) as scratch:
             manifest = _whole(store, stage.name, key)
             cached = manifest is not None

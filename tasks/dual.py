@@ -17,6 +17,7 @@ from cdpo_core.dual.offline import OfflineDual
 from cdpo_core.dual.selection import Candidate, select_round
 from cdpo_core.evaluation.measure import Measured
 from cdpo_core.evaluation.metrics import paired_mean, within_prompt_covariance
+from tasks.preference_models import scorer_reports
 from tasks.records import Prepared, Scored
 from tasks.rounds import measured_from, prompt_strata
 from tasks.workbench import Workbench
@@ -74,7 +75,11 @@ def offline_dual(bench: Workbench, scored: Scored) -> OfflineDual:
 
 
 def _margins(bench: Workbench, prepared: Prepared, scored: Scored, dual: OfflineDual, limits: np.ndarray) -> np.ndarray:
-    """The certificate's planned margin from the costs the offline policy is predicted to have."""
+    """The certificate's planned margin from the costs the offline policy is predicted to have.
+
+    The certificate takes the cost model's units as given; the margin also pays for the error that
+    the held-out labels leave in them, so that the truth keeps the limit about as surely as the model says.
+    """
     config, sampling = bench.config, bench.config.sampling
     point = dual.expected(dual.solve(limits, config.dual.lambda_max))
     prompt_ids = measured_from(bench, scored.responses, scored.scores).prompts()
@@ -82,6 +87,7 @@ def _margins(bench: Workbench, prepared: Prepared, scored: Scored, dual: Offline
     within = (np.diag(point.hessian) * config.dpo.beta).tolist()
     prompts = {split: _prompts_of(bench, scored, split) for split in ("selection", "certificate")}
     rules = config.certificate
+    reports = scorer_reports(bench, scored.scorers)
     return np.array(
         [
             planned_margin(
@@ -90,11 +96,14 @@ def _margins(bench: Workbench, prepared: Prepared, scored: Scored, dual: Offline
                 rules.delta,
                 rules.power,
                 rules.method,
-                selection_error=math.sqrt((spread**2 + variance / sampling.selection) / prompts["selection"]),
+                selection_error=math.hypot(
+                    math.sqrt((spread**2 + variance / sampling.selection) / prompts["selection"]),
+                    reports.get(name, {}).get("calibration_error") or 0.0,
+                ),
                 low=rules.cost_low,
                 high=rules.cost_high,
             )
-            for spread, variance in zip(between, within, strict=True)
+            for name, spread, variance in zip(bench.names, between, within, strict=True)
         ]
     )
 

@@ -20,14 +20,16 @@ from learning_kit import (
     truth,
     write_data,
 )
+from scipy.optimize import brentq
 from scipy.special import expit
 
 from cdpo_core.errors import InputError, TrainingError
-from cdpo_core.learning.calibration import calibration, scorer_report
+from cdpo_core.learning.calibration import calibration, calibration_error, scorer_report
 from cdpo_core.learning.preference import load_pairs, train_scorers
 from cdpo_core.learning.score import score_responses
 from cdpo_core.learning.sft import train_sft
 from cdpo_core.models.scorer import load_scorer
+from cdpo_core.randomness import numpy_stream
 from cdpo_core.stages import Runtime, Slice
 
 GOOD, SOFT, BAD = "Sure, use a tool.", "Well, ask a friend.", "No, wait."
@@ -266,3 +268,17 @@ def test_a_score_that_no_scorer_gives_is_refused(inputs: dict[str, Path], traine
     config = Slice({"constraints": [{"name": "insult", "labels": "insult"}], "oracle": False})
     with pytest.raises(InputError, match="no scorer gives 'insult'"):
         score_responses(config, {**inputs, "responses": responses, "scorers_0": trained}, tmp_path, Runtime())
+
+
+def test_the_error_of_the_units_is_what_new_prompts_would_show() -> None:
+    random = numpy_stream(0, "calibration error")
+    shifts = []
+    errors = []
+    for _ in range(200):
+        bias = np.repeat(random.normal(0, 0.5, 60), 20)
+        cost = np.repeat(random.normal(0, 1.5, 60), 20) + random.normal(0, 0.7, 1200)
+        unsafe = random.random(1200) < expit(2 * (cost + bias))
+        ids = np.repeat(np.arange(60).astype(str), 20)
+        errors.append(calibration_error(cost, unsafe, ids, 2.0))
+        shifts.append(brentq(lambda b, c=cost, u=unsafe: (u - expit(2 * (c + b))).sum(), -3, 3))
+    assert np.mean(errors) == pytest.approx(np.std(shifts), rel=0.2)

@@ -102,6 +102,14 @@ def test_the_machine_is_in_no_key(bench: Bench) -> None:
     assert compute_stage(stage, Slice({"seed": 0}), {}, bench.store, elsewhere, bench.scratch).cached
 
 
+def test_scratch_of_a_process_killed_after_publishing_is_removed(bench: Bench) -> None:
+    left = bench.scratch / bench.run().key
+    left.mkdir()
+    (left / "checkpoint.json").write_text("{}")
+    assert bench.run().cached
+    assert list(bench.scratch.iterdir()) == []
+
+
 def test_scratch_is_removed_after_success_and_kept_after_failure(bench: Bench) -> None:
     bench.run()
     assert list(bench.scratch.iterdir()) == []

@@ -263,7 +263,8 @@ def planned_margin(
         prompts: number of certificate prompts, >= 2.
         delta, method, low, high: as in `certify`.
         power: in (0, 1).
-        selection_error: standard error of the mean cost that was measured when the policy was chosen.
+        selection_error: standard error of the mean cost that was measured when the policy was chosen,
+            with all that should count as such (the error of the cost model's units).
 
     Returns:
         cost units; the training target is limit − margin.

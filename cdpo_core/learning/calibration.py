@@ -88,8 +88,8 @@ def scorer_report(
     Returns:
         accuracy on the labelled pairs (ties count half) with its 95 % interval low .. high, null
         where there are too few; pairs, prompts; `warning`, "" if there is nothing to warn of; for a
-        cost with flags also flag_accuracy, flag_auc and `reliability`: bins of predicted
-        probability of unsafe, each {predicted, observed, count}.
+        cost with flags also flag_accuracy, flag_auc, `calibration_error` and `reliability`: bins of
+        predicted probability of unsafe, each {predicted, observed, count}.
     """
     labelled = higher >= 0
     gap = (scores[:, 1] - scores[:, 0])[labelled] * (2 * higher[labelled].astype(int) - 1)
@@ -102,8 +102,31 @@ def scorer_report(
     report |= {"accuracy": accuracy, "low": low, "high": high, "warning": _warning(accuracy, low, high)}
     known = unsafe.reshape(-1) >= 0
     if known.any():
-        report |= _flag_report(scores.reshape(-1)[known], unsafe.reshape(-1)[known] == 1, sharpness)
+        flags, ids = unsafe.reshape(-1)[known] == 1, np.repeat(prompt_ids, 2)[known]
+        report |= _flag_report(scores.reshape(-1)[known], flags, sharpness)
+        report["calibration_error"] = calibration_error(scores.reshape(-1)[known], flags, ids, sharpness)
     return report
+
+
+def calibration_error(scores: np.ndarray, unsafe: np.ndarray, prompt_ids: np.ndarray, sharpness: float) -> float:
+    """Standard error of the calibrated shift, the prompts being the independent unit (Huber's sandwich).
+
+    Where costs have their zero is learned from the flags of the held-out prompts alone, so every mean
+    cost is off by about this much, the same way for all policies.
+
+    Args:
+        scores: [N] float64, calibrated.
+        unsafe: [N] bool.
+        prompt_ids: [N].
+        sharpness: log-odds of a flag per calibrated unit.
+
+    Returns:
+        calibrated units.
+    """
+    probability = special.expit(sharpness * scores)
+    groups = np.unique(prompt_ids, return_inverse=True)[1]
+    residuals = np.bincount(groups, weights=unsafe - probability)
+    return float(np.sqrt((residuals**2).sum()) / max(sharpness * (probability * (1 - probability)).sum(), 1e-12))
 
 
 def _warning(accuracy: float | None, low: float | None, high: float | None) -> str:
