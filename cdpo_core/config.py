@@ -22,9 +22,9 @@ class SplitSizes(Section):
     """Shares of the prompts, one split each; they must add up to 1."""
 
     preferences: float = Field(0.25, gt=0, lt=1, description="Share whose labels the reward and cost models learn from.", json_schema_extra={"position": 0})
-    policy: float = Field(0.15, gt=0, lt=1, description="Share the policy is trained on.", json_schema_extra={"position": 1})
-    selection: float = Field(0.20, gt=0, lt=1, description="Share that measures each round and chooses the policy.", json_schema_extra={"position": 2})
-    certificate: float = Field(0.30, gt=0, lt=1, description="Share that is spent on the certificate alone.", json_schema_extra={"position": 3})
+    policy: float = Field(0.30, gt=0, lt=1, description="Share the policy is trained on.", json_schema_extra={"position": 1})
+    selection: float = Field(0.15, gt=0, lt=1, description="Share that measures each round and chooses the policy.", json_schema_extra={"position": 2})
+    certificate: float = Field(0.20, gt=0, lt=1, description="Share that is spent on the certificate alone.", json_schema_extra={"position": 3})
     test: float = Field(0.10, gt=0, lt=1, description="Share the final report is measured on.", json_schema_extra={"position": 4})
 
     @model_validator(mode="after")
@@ -142,7 +142,7 @@ class SamplingConfig(Section):
     """How many responses are drawn for each prompt."""
 
     temperature: float = Field(1.0, gt=0, description="Temperature of all sampling; the mathematics assumes 1.", json_schema_extra={"position": 0})
-    reference: int = Field(192, ge=2, description="Reference responses for each policy prompt.", json_schema_extra={"position": 1})
+    reference: int = Field(128, ge=2, description="Reference responses for each policy prompt.", json_schema_extra={"position": 1})
     pool: int = Field(8, ge=1, description="Reference responses for each other prompt, to stratify the splits.", json_schema_extra={"position": 2})
     selection: int = Field(16, ge=2, description="Responses for each selection prompt, each round (two or more, for the covariance within a prompt).", json_schema_extra={"position": 3})
     certificate: int = Field(4, ge=1, description="Responses for each certificate prompt.", json_schema_extra={"position": 4})

@@ -121,9 +121,9 @@ def test_prompts_are_told_apart_by_their_normalised_text() -> None:
 @pytest.mark.parametrize(
     ("prompts", "expected"),
     [
-        (2000, {FITTED: 400, HELD_OUT: 100, "policy": 300, "selection": 400, "certificate": 600, "test": 200}),
-        (244, {FITTED: 49, HELD_OUT: 12, "policy": 37, "selection": 49, "certificate": 73, "test": 24}),
-        (50, {FITTED: 10, HELD_OUT: 2, "policy": 8, "selection": 10, "certificate": 15, "test": 5}),
+        (2000, {FITTED: 400, HELD_OUT: 100, "policy": 600, "selection": 300, "certificate": 400, "test": 200}),
+        (244, {FITTED: 49, HELD_OUT: 12, "policy": 73, "selection": 37, "certificate": 49, "test": 24}),
+        (50, {FITTED: 10, HELD_OUT: 2, "policy": 15, "selection": 8, "certificate": 10, "test": 5}),
     ],
 )
 def test_split_sizes(prompts: int, expected: dict[str, int]) -> None:
@@ -194,9 +194,9 @@ def test_splits_agree_in_kind_and_mean_cost(seed: int, tmp_path: Path) -> None:
     assert set(splits["prompt_id"]) == set(prompts.loc[prompts["split"] == "pool", "prompt_id"])
     assert splits["prompt_id"].is_unique
     assert splits["split"].value_counts().to_dict() == {
-        "certificate": 600,
-        "policy": 300,
-        "selection": 400,
+        "certificate": 400,
+        "policy": 600,
+        "selection": 300,
         "test": 200,
     }
     joined = splits.merge(prompts.drop(columns="split"), on="prompt_id")
@@ -233,7 +233,7 @@ def test_splits_refuse_a_small_pool_and_missing_scores(tmp_path: Path) -> None:
     inputs = pool_folder(tmp_path, 24, 12)
     with pytest.raises(InputError, match="too few prompts to split: 24 prompts") as caught:
         splits_of(inputs, tmp_path / "out")
-    assert "selection 3 (needs 4)" in caught.value.where
+    assert "selection 2 (needs 4)" in caught.value.where
     inputs = pool_folder(tmp_path, 400, 100)
     pd.read_parquet(tmp_path / "scores.parquet").iloc[8:].to_parquet(tmp_path / "scores.parquet")
     with pytest.raises(ValueError, match="no finite cost_harm"):
@@ -242,7 +242,7 @@ def test_splits_refuse_a_small_pool_and_missing_scores(tmp_path: Path) -> None:
 
 def test_the_testbed_is_checked_by_its_size() -> None:
     report = check_source(ExperimentConfig())
-    assert (report.format, report.prompts, report.splits["certificate"]) == ("testbed", 2000, 600)
+    assert (report.format, report.prompts, report.splits["certificate"]) == ("testbed", 2000, 400)
     scarce = {"testbed": {"prompts": 50}, "data": {"held_out": 0.05}}
     with pytest.raises(InputError, match=r"preferences \(held out\)"):
         check_source(ExperimentConfig.model_validate(scarce))

@@ -220,7 +220,7 @@ def test_config_artifact_holds_everything_but_secrets(tracker: Tracker, tmp_path
     text = Path(_client(tracker).download_artifacts(run_id, "config.yaml", str(tmp_path))).read_text()
     assert "hunter2" not in text
     assert "postgresql://***@host/db" in text
-    assert "beta: 0.5" in text
+    assert "beta: 1.0" in text
 
 
 def test_disabled_tracker_does_nothing(tmp_path: Path, store: LocalStore) -> None:
@@ -297,7 +297,7 @@ def test_experiment_key_counts_what_changes_results() -> None:
     }
     assert key(**same) == key()
     assert key(seed=1) != key()
-    assert key(dpo=CONFIG.dpo.model_copy(update={"beta": 1.0})) != key()
+    assert key(dpo=CONFIG.dpo.model_copy(update={"beta": 2.0})) != key()
 
 
 def test_experiment_key_knows_inputs_by_digest() -> None:
