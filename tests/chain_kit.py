@@ -24,7 +24,8 @@ from tasks.storage import open_store
 CONFIG = "tiny"
 # A stage's bytes are promised for a fixed number of threads only; from λ = 0 there is a trajectory to compare.
 OVERRIDES = {"compute.threads": "1", "dual.start": "zero", "dual.rounds": "3"}
-SECONDS = 300
+# Far more than a run takes: a run that hangs fails a test, a busy machine does not.
+SECONDS = 1200
 # What two runs of one experiment may differ in: when and where they ran, and what was there already.
 CIRCUMSTANCES = {"seconds", "cached", "tracking", "store", "uri", "ended_ms"}
 
@@ -99,11 +100,13 @@ class Running:
     def kill_at(self, moment: Moment) -> None:
         """Kill the whole group as soon as the moment has come; it must not have ended before."""
         deadline = time.monotonic() + SECONDS
-        while not moment():
-            assert self.process.poll() is None, f"ended before the moment came:\n{self.log.read_text()[-3000:]}"
-            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
-            time.sleep(0.001)
-        self.end()
+        try:
+            while not moment():
+                assert self.process.poll() is None, f"ended before the moment came:\n{self.log.read_text()[-3000:]}"
+                assert time.monotonic() < deadline, self.log.read_text()[-3000:]
+                time.sleep(0.001)
+        finally:
+            self.end()
         assert self.process.wait(30) == -signal.SIGKILL
         assert not self.result.exists()
 

@@ -20,7 +20,11 @@ def test_two_runs_at_once_on_one_s3_store_match_the_local_run(
     finished: Finished, homes: list[Path], prefect_server: str, s3_uri: str
 ) -> None:
     running = [Running(home, prefect_server, "--store", s3_uri) for home in homes]
-    outcomes = [item.wait() for item in running]
+    try:
+        outcomes = [item.wait() for item in running]
+    finally:
+        for item in running:
+            item.end()
     assert [code for code, _ in outcomes] == [finished.code] * 2
     assert [numbers(result) for _, result in outcomes] == [numbers(finished.result)] * 2
     stored, local = digests(s3_uri), digests(finished.home / "store")
