@@ -90,19 +90,19 @@ def sweep(lab: Lab) -> Row:
         return {"files": files, "runs": runs, "below": mlflow_children(home, parent), "counts": counts}
 
     found = lab.once("sweep-found", measure)
-    shared = {stage: found["counts"].get(stage, 0) for stage in SHARED}
+    not_once = [stage for stage in SHARED if found["counts"].get(stage) != 1]
     is_family = len(found["below"]) == len(children) == 4 and len(found["runs"]) == 5
-    is_drawn = "figures/frontier.png" in found["files"] and len(ran.result["exact_frontier"]) == 4
+    is_drawn = "figures/frontier.png" in found["files"] and len(ran.result["exact_frontier"]) > 1
     ratio = ran.cpu_seconds / one.cpu_seconds
     statuses = ", ".join(f"{child['limit']:g} {child['status']}" for child in children)
     return Row(
         6,
         f"cdpo sweep testbed --limits {LIMITS}",
-        f"exit {ran.code} ({statuses}); MLflow: 1 parent, {len(found['below'])} children; shared stages computed "
-        f"{shared} times, {found['counts'].get('round', 0)} rounds in all; frontier figure with the exact one: "
+        f"exit {ran.code} ({statuses}); MLflow: 1 parent, {len(found['below'])} children; {', '.join(SHARED)} computed "
+        f"{'NOT ' * bool(not_once)}once, {found['counts'].get('round', 0)} rounds in all; frontier figure with the exact one: "
         f"{'yes' if is_drawn else 'NO'}; {ran.seconds:.0f} s, CPU {ran.cpu_seconds:.0f} s = {ratio:.2f} × one run's",
         f"1 parent, 4 children; shared stages once; the figure; CPU ≤ {SWEEP_RATIO:g} × one run's",
-        is_family and set(shared.values()) == {1} and is_drawn and ratio <= SWEEP_RATIO,
+        is_family and not not_once and is_drawn and ratio <= SWEEP_RATIO,
     )
 
 

@@ -108,7 +108,8 @@ def _keeps(ran: Ran) -> bool:
 def _share(ran: Ran, *ceilings: str) -> float:
     """`captured` as a share of the lowest of the ceilings; a run without a policy captured nothing."""
     captured, bounds = _of(ran, "captured"), [_of(ran, name) for name in ceilings]
-    return 0.0 if captured is None or None in bounds else captured / min(bound for bound in bounds if bound)
+    known = [bound for bound in bounds if bound is not None]
+    return captured / min(known) if captured is not None and len(known) == len(ceilings) else 0.0
 
 
 def _correlation(ran: Ran) -> float:
