@@ -100,7 +100,8 @@ def sweep(lab: Lab) -> Row:
         f"cdpo sweep testbed --limits {LIMITS}",
         f"exit {ran.code} ({statuses}); MLflow: 1 parent, {len(found['below'])} children; {', '.join(SHARED)} computed "
         f"{'NOT ' * bool(not_once)}once, {found['counts'].get('round', 0)} rounds in all; "
-        f"frontier figure with the exact one: {'yes' if is_drawn else 'NO'}; {ran.seconds:.0f} s, CPU {ran.cpu_seconds:.0f} s = {ratio:.2f} × one run's",
+        f"frontier figure with the exact one: {'yes' if is_drawn else 'NO'}; "
+        f"{ran.seconds:.0f} s, CPU {ran.cpu_seconds:.0f} s = {ratio:.2f} × one run's",
         f"1 parent, 4 children; shared stages once; the figure; CPU ≤ {SWEEP_RATIO:g} × one run's",
         is_family and not not_once and is_drawn and ratio <= SWEEP_RATIO,
     )
