@@ -67,7 +67,8 @@ def test_same_command_again_computes_nothing(finished: Finished, again: Again) -
 
 
 def test_same_command_again_adds_nothing_to_mlflow(finished: Finished, again: Again) -> None:
-    assert list(again.before) == [finished.result["tracking"]["run_id"]]
+    # other tests may have added other experiments' runs to the same home
+    assert finished.result["tracking"]["run_id"] in again.before
     assert again.before == again.after
 
 
