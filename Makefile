@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 	touch $(STAMP)
 
-demo: $(STAMP)  ## From nothing to a certified policy on the testbed (about 5 minutes on 2 cores)
+demo: $(STAMP)  ## From nothing to a certified policy on the testbed (under 4 minutes on 2 cores)
 	$(BIN)/cdpo run testbed
 
 test: $(STAMP)  ## Every test (at most 12 minutes on 2 cores)
