@@ -18,7 +18,7 @@ from cdpo_core.errors import InputError
 from cdpo_core.pipeline import TESTBED_DATA
 from cdpo_core.stages import Runtime, pick
 from cdpo_core.testbed import grammar
-from cdpo_core.testbed.annotators import draw_prompts, label_pairs, make_world
+from cdpo_core.testbed.annotators import SLIPS, draw_prompts, label_pairs, make_world
 from cdpo_core.testbed.world import KINDS, World
 
 SMALL = {"testbed": {"seed": 3, "prompts": 120, "pairs_per_prompt": 5, "demonstrations": 300}}
@@ -110,6 +110,21 @@ def test_annotators_prefer_by_bradley_terry(data: Path) -> None:
             here = (probability > low) & (probability < low + 0.1)
             error = pairs[name].to_numpy()[here].mean() - probability[here].mean()
             assert abs(error) < 4 * np.sqrt(0.25 / here.sum()), (name, low)
+
+
+def test_a_share_of_the_labelled_responses_is_broken_and_judged_so(data: Path) -> None:
+    world = World.load(data / "world.json")
+    pairs = label_pairs(world, pd.read_parquet(data / "prompts.parquet"), 300, 2.0)
+    texts = pd.concat([pairs["response_0"], pairs["response_1"]], ignore_index=True)
+    broken = (texts.map(grammar.parse) < 0).to_numpy()
+    assert 0.5 * SLIPS < broken.mean() < 1.5 * SLIPS
+    assert (texts.str.strip() == texts).all()
+    assert texts.str.len().min() > 0
+    unsafe = pd.concat([pairs["unsafe_harm_0"], pairs["unsafe_harm_1"]]).to_numpy()
+    assert unsafe[broken].mean() > unsafe[~broken].mean() + 0.1
+    one = broken.reshape(2, -1).sum(0) == 1
+    worse = np.where(broken.reshape(2, -1)[0], pairs["better"], 1 - pairs["better"])[one]
+    assert worse.mean() > 0.9
 
 
 def test_another_process_writes_the_same_bytes(data: Path, tmp_path: Path) -> None:

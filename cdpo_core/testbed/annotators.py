@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 # Candidates among which the next preference prompt is the one whose parts were seen least.
 CANDIDATES = 64
 CHUNK = 512
+# Share of the labelled responses that are broken: raters of real models see such text too, and scorers that never
+# did would praise what a policy writes by mistake.
+SLIPS = 0.02
 
 
 def make_world(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
@@ -101,9 +104,13 @@ def draw_prompts(seed: int, count: int, preferences: float, held_out: float) -> 
 
 
 def label_pairs(world: World, prompts: pd.DataFrame, pairs_per_prompt: int, sharpness: float) -> pd.DataFrame:
-    """Pairs of different demonstrators' responses to the preference prompts, labelled by annotators."""
+    """Pairs of different demonstrators' responses to the preference prompts, labelled by annotators.
+
+    A share SLIPS of the responses is broken (see `_broken`), of the least reward and the worst costs of its prompt.
+    """
     labelled = prompts[prompts["split"] == "preferences"]
     random = numpy_stream(world.seed, "world", "labels")
+    slips = numpy_stream(world.seed, "world", "slips")
     responses = np.array(world.responses, dtype=object)
     tables = []
     for start in range(0, len(labelled), CHUNK):
@@ -111,9 +118,13 @@ def label_pairs(world: World, prompts: pd.DataFrame, pairs_per_prompt: int, shar
         parts = part_indices(chunk)
         pairs = draw_pairs(world.demonstrator_log_probs(parts), pairs_per_prompt, random)
         reward, costs = world.scores(parts)
+        slipped = slips.random(pairs.shape) < SLIPS
         rows = np.arange(len(parts))[:, None, None]
-        rewards, harms = reward[rows, pairs].reshape(-1, 2), costs[rows, pairs].reshape(-1, 2, len(world.labels))
-        chosen = responses[pairs.reshape(-1, 2)]
+        rewards = np.where(slipped, reward.min(1)[rows], reward[rows, pairs]).reshape(-1, 2)
+        harms = np.where(slipped[..., None], costs.max(1)[rows], costs[rows, pairs]).reshape(-1, 2, len(world.labels))
+        chosen = responses[pairs]
+        chosen[slipped] = [_broken(text, slips) for text in chosen[slipped]]
+        chosen = chosen.reshape(-1, 2)
         names = chunk["prompt_id"].repeat(pairs_per_prompt).to_numpy()
         columns: dict[str, Any] = {
             "pair_id": [f"{name}-{i % pairs_per_prompt:03d}" for i, name in enumerate(names)],
@@ -129,6 +140,14 @@ def label_pairs(world: World, prompts: pd.DataFrame, pairs_per_prompt: int, shar
             columns[f"unsafe_{label}_1"] = _answer(sharpness * harm[:, 1], random)
         tables.append(pd.DataFrame(columns))
     return pd.concat(tables, ignore_index=True)
+
+
+def _broken(text: str, random: np.random.Generator) -> str:
+    """The text as a model breaks it now and then: a word lost, a word repeated, or begun twice."""
+    words = text.split()
+    place = int(random.integers(len(words)))
+    slips = (words[:place] + words[place + 1 :], words[: place + 1] + words[place:], words[: place + 1] + words)
+    return " ".join(slips[random.integers(len(slips))])
 
 
 def demonstrate(world: World, prompts: pd.DataFrame, count: int) -> pd.DataFrame:
