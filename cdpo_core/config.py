@@ -84,7 +84,7 @@ class SftConfig(Section):
     """Supervised fine-tuning: makes the reference policy."""
 
     train: bool = Field(True, description="Train on the demonstrations; false takes the base as reference.", json_schema_extra={"position": 0})
-    steps: int = Field(1500, ge=1, description="Optimizer steps.", json_schema_extra={"position": 1})
+    steps: int = Field(1200, ge=1, description="Optimizer steps.", json_schema_extra={"position": 1})
     batch: int = Field(128, ge=1, description="Demonstrations a step.", json_schema_extra={"position": 2})
     learning_rate: float = Field(5e-3, gt=0, description="Peak learning rate.", json_schema_extra={"position": 3})
 
@@ -95,7 +95,7 @@ class RewardConfig(Section):
     base: str = Field("sft", min_length=1, description="`sft` starts from the reference policy, `scratch` from random weights; else a local folder or hub id.", json_schema_extra={"position": 0})
     revision: str = Field("", description="Hub revision to pin.", json_schema_extra={"position": 1})
     train: bool = Field(True, description="Train on the preferences; false takes a ready reward model as it is.", json_schema_extra={"position": 2})
-    epochs: int = Field(8, ge=1, description="Passes over the pairs.", json_schema_extra={"position": 3})
+    epochs: int = Field(7, ge=1, description="Passes over the pairs.", json_schema_extra={"position": 3})
     batch: int = Field(128, ge=1, description="Pairs a step.", json_schema_extra={"position": 4})
     learning_rate: float = Field(4e-3, gt=0, description="Peak learning rate.", json_schema_extra={"position": 5})
 
@@ -118,7 +118,7 @@ class DpoConfig(Section):
     beta: float = Field(1.0, gt=0, description="Strength of the pull to the reference (units of reward per nat of KL).", json_schema_extra={"position": 0})
     labels: Literal["soft", "sampled", "hard"] = Field("soft", description="`sampled` is the paper's draw, `soft` its expectation, `hard` the arg max.", json_schema_extra={"position": 1})
     anchor: float = Field(0.1, ge=0, description="Weight of the importance-weighted likelihood of the reference samples.", json_schema_extra={"position": 2})
-    steps: int = Field(600, ge=1, description="Optimizer steps a round.", json_schema_extra={"position": 3})
+    steps: int = Field(550, ge=1, description="Optimizer steps a round.", json_schema_extra={"position": 3})
     prompts_per_step: int = Field(16, ge=1, description="Prompts a step.", json_schema_extra={"position": 4})
     responses_per_prompt: int = Field(16, ge=2, description="Responses of each prompt a step; all their pairs are trained on.", json_schema_extra={"position": 5})
     focus: float = Field(0.7, ge=0, lt=1, description="Share of a step's responses drawn by their weight under the policy sought instead of evenly.", json_schema_extra={"position": 6})

@@ -34,7 +34,9 @@ def home_of(seed: int) -> str:
 
 def demo(lab: Lab) -> Row:
     """Row 1: `make demo`."""
-    recipe = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    # Below another make, make would say which folder it leaves after the recipe.
+    command = ["make", "--no-print-directory", "--dry-run", "demo"]
+    recipe = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     is_same = recipe.strip().splitlines()[-1].endswith("cdpo run testbed")
     ran = learned(lab, 0)
     cost, limit = _of(ran, "true_cost"), ran.result.get("limit")

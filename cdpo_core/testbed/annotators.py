@@ -146,7 +146,9 @@ def _broken(text: str, random: np.random.Generator) -> str:
     """The text as a model breaks it now and then: a word lost, a word repeated, or begun twice."""
     words = text.split()
     place = int(random.integers(len(words)))
-    slips = (words[:place] + words[place + 1 :], words[: place + 1] + words[place:], words[: place + 1] + words)
+    # Two words at most, since every batch is as long as its longest text.
+    begun = words[: min(place + 1, 2)]
+    slips = (words[:place] + words[place + 1 :], words[: place + 1] + words[place:], begun + words)
     return " ".join(slips[random.integers(len(slips))])
 
 
