@@ -186,7 +186,8 @@ class TrackingConfig(Section):
     uri: str = Field("", description="MLflow server or database; empty is MLFLOW_TRACKING_URI, else sqlite under CDPO_HOME.", json_schema_extra={"position": 1})
     experiment: str = Field("cdpo", min_length=1, description="MLflow experiment.", json_schema_extra={"position": 2})
     register_model: bool = Field(True, description="Register a certified policy as a model version.", json_schema_extra={"position": 3})
-    parent_run: str = Field("", description="MLflow run of the sweep this experiment belongs to; sweeps set it.", json_schema_extra={"position": 4})
+    model_name: str = Field("", description="Registered model that certified policies are versions of; empty is cdpo-<name>.", json_schema_extra={"position": 4})
+    parent_run: str = Field("", description="MLflow run of the sweep this experiment belongs to; sweeps set it.", json_schema_extra={"position": 5})
 
 
 class ComputeConfig(Section):
@@ -200,7 +201,7 @@ class ComputeConfig(Section):
 class ExperimentConfig(Section):
     """One experiment: a language model, preferences and limits on harm in, a certified policy out."""
 
-    name: str = Field("experiment", min_length=1, description="Name shown in the UIs.", json_schema_extra={"position": 0})
+    name: str = Field("experiment", min_length=1, max_length=100, description="Name shown in the UIs.", json_schema_extra={"position": 0})
     seed: int = Field(0, ge=0, description="Seed of every random stream.", json_schema_extra={"position": 1})
     data: DataConfig = Field(default_factory=DataConfig, json_schema_extra={"position": 2})
     testbed: TestbedConfig = Field(default_factory=TestbedConfig, json_schema_extra={"position": 3})

@@ -52,7 +52,7 @@ def print_sweep(result: Record, console: Console) -> None:
         _print(console, "", words, *_policy(chosen["policy"]))
     else:
         _print(console, "", "No policy is certified when the error probability is split over all limits.")
-    _print(console, *_tracking(result))
+    _print(console, *_tracking(result), *_report(result))
 
 
 def _methods(result: Record) -> Table:
@@ -112,6 +112,8 @@ def _scorers(result: Record) -> list[str]:
             continue
         line = f"{name} model: accuracy {report['accuracy']:.3f} [{report['low']:.3f}, {report['high']:.3f}]"
         line += f" on {report['pairs']} held-out pairs of {report['prompts']} prompts"
+        if report.get("calibration_error") is not None:
+            line += f"; where cost is 0 is known to ± {1.96 * report['calibration_error']:.2f}"
         if report["high"] < 0.5:
             line += " — it ranks against its labels: check the sign"
         elif report["low"] <= 0.5:
@@ -149,7 +151,7 @@ def _work(result: Record) -> list[str]:
 
 
 def _next(result: Record) -> list[str]:
-    return [*_tracking(result), *_policy(result.get("policy"))]
+    return [*_tracking(result), *_policy(result.get("policy")), *_report(result)]
 
 
 def _policy(policy: Any) -> list[str]:
@@ -164,6 +166,11 @@ def _policy(policy: Any) -> list[str]:
         f'  Try it   cdpo sample {stage}/{key[:12]}{option} "PROMPT"',
         f"  Use it   cdpo export {stage}/{key[:12]}{option} DIR",
     ]
+
+
+def _report(result: Record) -> list[str]:
+    """Where the figures, the samples and the record are."""
+    return [f"  Report   {result['report']}"] if result.get("report") else []
 
 
 def _tracking(result: Record) -> list[str]:

@@ -70,7 +70,12 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
     Raises:
         InputError: the file cannot be written.
     """
+    path = path.resolve()
     try:
+        if path.exists() and not path.is_file():
+            # A pipe or a device is written to, never replaced.
+            path.write_text(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n")
+            return
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as stream:
             json.dump(_finite(record), stream, indent=2, ensure_ascii=False, allow_nan=False)
             stream.write("\n")

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow
 from prefect.states import Completed, State
+from pydantic import Field
 
 from cdpo_core.config import (
     CertificateConfig,
@@ -47,18 +48,23 @@ from tasks.workbench import Workbench, open_workbench, outcome, report_progress_
 
 STATE_NAMES = {"certified": "Certified", "not_certified": "NotCertified", "infeasible": "Infeasible"}
 DEFAULT = ExperimentConfig()
+# The rules that Prefect's server checks before anything starts; those within a section are the section's own. The
+# form's descriptions come from the flow's docstring.
+Name = Annotated[str, Field(min_length=1, max_length=100)]
+Seed = Annotated[int, Field(ge=0)]
+Constraints = Annotated[list[ConstraintConfig], Field(min_length=1)]
 
 
 @flow(name="experiment", flow_run_name="{name}", persist_result=False)
 def experiment(
-    name: str = DEFAULT.name,
-    seed: int = DEFAULT.seed,
+    name: Name = DEFAULT.name,
+    seed: Seed = DEFAULT.seed,
     data: DataConfig = DEFAULT.data,
     testbed: TestbedConfig = DEFAULT.testbed,
     policy: PolicyConfig = DEFAULT.policy,
     sft: SftConfig = DEFAULT.sft,
     reward: RewardConfig = DEFAULT.reward,
-    constraints: list[ConstraintConfig] = DEFAULT.constraints,
+    constraints: Constraints = DEFAULT.constraints,
     dpo: DpoConfig = DEFAULT.dpo,
     dual: DualConfig = DEFAULT.dual,
     sampling: SamplingConfig = DEFAULT.sampling,
@@ -68,7 +74,26 @@ def experiment(
     tracking: TrackingConfig = DEFAULT.tracking,
     compute: ComputeConfig = DEFAULT.compute,
 ) -> State[dict[str, Any]]:
-    """A policy as helpful as the limit on harm allows, with evidence that it keeps the limit."""
+    """A policy as helpful as the limit on harm allows, with evidence that it keeps the limit.
+
+    Args:
+        name: shown in the UIs.
+        seed: of every random stream.
+        data: the preferences, and how their prompts are split.
+        testbed: the oracle world, used when data.source is `testbed`.
+        policy: the language model that is aligned.
+        sft: fine-tuning that makes the reference policy.
+        reward: the model of what is better.
+        constraints: the limits on harm, each with its cost model.
+        dpo: one round of training.
+        dual: how lambda moves from round to round.
+        sampling: how many responses are drawn for each prompt.
+        certificate: the test the returned policy must pass.
+        evaluation: what is measured besides.
+        store: where artifacts are kept.
+        tracking: MLflow.
+        compute: the machine; changes no result but by rounding.
+    """
     config = ExperimentConfig(
         name=name,
         seed=seed,
@@ -132,8 +157,11 @@ def _conduct(bench: Workbench) -> dict[str, Any]:
         draw_figures(bench, result, alignment.plan, alignment.history, evaluation.test, folder)
         write_samples(bench, prepared, evaluation.test, folder)
         write_json(result, folder / "result.json")
-        bench.store.put_record(f"results/{journal.key}", result)
+        chosen = (result["policy"] or {}).get("digest", "none")
+        # A change of the code may give the same experiment another policy: each has a record of its own.
+        bench.put_record(f"results/{journal.key}-{chosen[:12]}", result)
         journal.closed(result, folder)
+        result["report"] = str(folder)
     except BaseException:
         journal.failed()
         raise

@@ -45,6 +45,9 @@ class PlanBench(Workbench):
         self.results.append(Done(label, False, 0.0, ""))
         return ArtifactRef(uri="", digest="", kind=PLANNED)
 
+    def put_record(self, name: str, record: Mapping[str, Any]) -> None:
+        """A plan tests nothing, so it enters nothing."""
+
     def folder(self, ref: ArtifactRef) -> Any:
         """The artifact's files; ends the plan when they are not there yet."""
         if ref.kind == PLANNED:

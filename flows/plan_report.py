@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,9 +24,8 @@ def print_plan(plan: Mapping[str, Any], config: ExperimentConfig, console: Conso
         config: the experiment.
         console: where to print.
     """
-    table = Table(
-        title=f"{config.name}: what a run would do", title_justify="left", title_style="bold", box=SIMPLE_HEAD
-    )
+    title = Text(f"{config.name}: what a run would do")
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     for head in ("stage", "state"):
         table.add_column(head)
     table.add_column("about", justify="right")
@@ -34,13 +34,11 @@ def print_plan(plan: Mapping[str, Any], config: ExperimentConfig, console: Conso
     console.print(table)
     ahead = [stage.get("estimate") for stage in plan["stages"] if not stage["cached"]]
     seconds = sum(value for value in ahead if isinstance(value, (int, float)))
-    lines = [
-        f"{len(ahead)} of {len(plan['stages'])} stages to compute" + (f", about {seconds:.0f} s" if seconds else "")
-    ]
+    lines = [f"{len(ahead)} of {len(plan['stages'])} stages to compute{_time(ahead, seconds)}"]
     if plan.get("memory"):
         lines.append(f"memory: about {plan['memory']}")
     limits = ", ".join(f"{item.name} ≤ {item.limit:g}" for item in config.constraints)
-    lines.append(f"limits: {limits}; training aims lower, by a margin of {_margin(plan.get('margin'))}")
+    lines.append(f"limits: {limits}; training aims lower, by {_margin(plan.get('margin'))}")
     lines += [f"warning: {warning}" for warning in plan.get("warnings") or []]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -53,9 +51,19 @@ def _estimate(stage: Mapping[str, Any]) -> str:
     return f"{value:.0f} s" if isinstance(value, (int, float)) else str(value)
 
 
+def _time(ahead: Sequence[Any], seconds: float) -> str:
+    """How long the stages ahead take, as far as this store's earlier runs tell."""
+    if not ahead:
+        return ""
+    if not seconds:
+        return "; nothing like them ran in this store yet, so their time is not known"
+    known = all(isinstance(value, (int, float)) for value in ahead)
+    return f", {'about' if known else 'at least'} {seconds:.0f} s"
+
+
 def _margin(value: Any) -> str:
     if value is None:
-        return "a size that is planned once the reference's costs are known"
+        return "a margin that is planned once the reference's costs are known"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_margin, value))
     return f"{value:.3f}"

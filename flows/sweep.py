@@ -8,15 +8,15 @@ certified when the error probability is split over all limits, the most helpful 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow
 from prefect.states import Completed, State
+from pydantic import Field
 
 from cdpo_core.config import (
     CertificateConfig,
     ComputeConfig,
-    ConstraintConfig,
     DataConfig,
     DpoConfig,
     DualConfig,
@@ -31,22 +31,25 @@ from cdpo_core.config import (
     TrackingConfig,
 )
 from cdpo_core.stages import Progress
-from flows.experiment import DEFAULT, experiment, make_prefect_home, sections
+from flows.experiment import DEFAULT, Constraints, Name, Seed, experiment, make_prefect_home, sections
+from flows.preflight import check_before_run
 from tasks.frontier import SweepJournal, choose_for_sweep, exact_frontier, frontier_points
 from tasks.workbench import outcome, report_progress_to
+
+Limits = Annotated[list[float], Field(min_length=1)]
 
 
 @flow(name="sweep", flow_run_name="{name}", persist_result=False)
 def sweep(
-    limits: list[float],
-    name: str = DEFAULT.name,
-    seed: int = DEFAULT.seed,
+    limits: Limits,
+    name: Name = DEFAULT.name,
+    seed: Seed = DEFAULT.seed,
     data: DataConfig = DEFAULT.data,
     testbed: TestbedConfig = DEFAULT.testbed,
     policy: PolicyConfig = DEFAULT.policy,
     sft: SftConfig = DEFAULT.sft,
     reward: RewardConfig = DEFAULT.reward,
-    constraints: list[ConstraintConfig] = DEFAULT.constraints,
+    constraints: Constraints = DEFAULT.constraints,
     dpo: DpoConfig = DEFAULT.dpo,
     dual: DualConfig = DEFAULT.dual,
     sampling: SamplingConfig = DEFAULT.sampling,
@@ -56,7 +59,27 @@ def sweep(
     tracking: TrackingConfig = DEFAULT.tracking,
     compute: ComputeConfig = DEFAULT.compute,
 ) -> State[dict[str, Any]]:
-    """One experiment for each limit of the first constraint, and the frontier they draw."""
+    """One experiment for each limit of the first constraint, and the frontier they draw.
+
+    Args:
+        limits: of the first constraint, one experiment each (cost units).
+        name: shown in the UIs.
+        seed: of every random stream.
+        data: the preferences, and how their prompts are split.
+        testbed: the oracle world, used when data.source is `testbed`.
+        policy: the language model that is aligned.
+        sft: fine-tuning that makes the reference policy.
+        reward: the model of what is better.
+        constraints: the limits on harm, each with its cost model.
+        dpo: one round of training.
+        dual: how lambda moves from round to round.
+        sampling: how many responses are drawn for each prompt.
+        certificate: the test the returned policy must pass.
+        evaluation: what is measured besides.
+        store: where artifacts are kept.
+        tracking: MLflow.
+        compute: the machine; changes no result but by rounding.
+    """
     config = ExperimentConfig(
         name=name,
         seed=seed,
@@ -94,12 +117,14 @@ def with_limit(config: ExperimentConfig, limit: float, parent_run: str) -> Exper
     """The child's config: the first constraint's limit replaced, its MLflow parent named."""
     first, *others = config.constraints
     constraints = [first.model_copy(update={"limit": limit}), *others]
-    tracking = config.tracking.model_copy(update={"parent_run": parent_run})
+    model_name = config.tracking.model_name or f"cdpo-{config.name}"
+    tracking = config.tracking.model_copy(update={"parent_run": parent_run, "model_name": model_name})
     name = f"{config.name}, {first.name} ≤ {limit:g}"
     return config.model_copy(update={"name": name, "constraints": constraints, "tracking": tracking})
 
 
 def _conduct(config: ExperimentConfig, limits: list[float]) -> dict[str, Any]:
+    check_before_run(config)
     journal = SweepJournal(config, limits)
     try:
         children = [
@@ -115,7 +140,7 @@ def _conduct(config: ExperimentConfig, limits: list[float]) -> dict[str, Any]:
             "chosen": choose_for_sweep(journal.bench, children),
             "tracking": journal.record(),
         }
-        journal.closed(result)
+        result["report"] = str(journal.closed(result))
     except BaseException:
         journal.failed()
         raise

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cdpo_core import pipeline
-from cdpo_core.artifacts import ArtifactRef, Store
+from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.dual.certificate import Certificate, certify
 from cdpo_core.evaluation.measure import Measured
 from tasks.records import Prepared, Scored
@@ -40,12 +40,12 @@ class Certified:
 
 
 def certify_policy(bench: Workbench, prepared: Prepared, scored: Scored, policy: ArtifactRef) -> Certified:
-    """Test the policy on the certificate prompts, and enter the test in the ledger first."""
+    """Test the policy on the certificate prompts; the test is in the ledger before its outcome is known."""
     config = bench.config
     limits = [item.limit for item in config.constraints]
-    spent = spend(bench.store, scored.splits, policy, limits)
     samples = config.sampling.certificate
     measured = measure_policy(bench, prepared, scored, policy, "certificate", samples, "certificate")
+    spent = spend(bench, scored.splits, policy, limits)
     return Certified(
         certificates_of(bench, prepared.data, scored.pool_scores, measured, limits, config.certificate.delta),
         measured,
@@ -75,16 +75,17 @@ def certificates_of(
     ]
 
 
-def spend(store: Store, splits: ArtifactRef, policy: ArtifactRef, limits: Sequence[float]) -> int:
+def spend(bench: Workbench, splits: ArtifactRef, policy: ArtifactRef, limits: Sequence[float]) -> int:
     """Enter one use of a certificate split in the store's ledger; returns how many there are now.
 
-    Testing the same policy against the same limits again is the same entry.
+    The same test of the same policy again is the same entry.
     """
     ledger = f"ledger/{splits.digest[:32]}/"
-    test = hashlib.sha256(json.dumps([policy.digest, list(limits)]).encode()).hexdigest()[:32]
-    entry = {"policy": policy.digest, "limits": list(limits), "time": datetime.now(UTC).isoformat(timespec="seconds")}
-    store.put_record(ledger + test, entry)
-    return len(store.record_names(ledger))
+    rules = bench.config.certificate.model_dump()
+    test = {"policy": policy.digest, "limits": list(limits), "certificate": rules}
+    name = hashlib.sha256(json.dumps(test, sort_keys=True).encode()).hexdigest()[:32]
+    bench.put_record(ledger + name, {**test, "time": datetime.now(UTC).isoformat(timespec="seconds")})
+    return len(bench.store.record_names(ledger))
 
 
 def test_policy(bench: Workbench, prepared: Prepared, scored: Scored, policy: ArtifactRef, label: str) -> Measured:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from cdpo_core.artifacts import ArtifactRef, external_ref
 
+# What a scorer's base may be that is no model from outside.
+RESERVED_BASES = ("sft", "scratch")
+
 
 def external_model(base: str, revision: str = "") -> ArtifactRef:
     """A model folder by its content, or a hub model by its resolved revision.

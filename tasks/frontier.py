@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from cdpo_core.artifacts import ArtifactRef
@@ -12,6 +13,7 @@ from cdpo_core.config import ExperimentConfig
 from cdpo_core.evaluation import figures
 from tasks.environment import cdpo_home
 from tasks.evaluation import certificates_of
+from tasks.journal import tell_failure
 from tasks.metric_points import MetricPoint
 from tasks.prefect_records import announce_run, flow_run_url, link_to_mlflow, markdown_table, show_markdown
 from tasks.report import report_folder, write_json
@@ -89,8 +91,8 @@ class SweepJournal:
         """Where the parent run is."""
         return {"run_id": self.run_id, "uri": self.tracker.uri, "url": self.tracker.run_url(self.run_id)}
 
-    def closed(self, result: Mapping[str, Any]) -> None:
-        """The frontier as figure, table and points (step = place of the limit), and the choice."""
+    def closed(self, result: Mapping[str, Any]) -> Path:
+        """The frontier as figure, table and points (step = place of the limit), and the choice; returns the folder."""
         folder = report_folder(self.key, f"sweep-{self.config.name}")
         drawn = [point for point in result["frontier"] if point["cost"] is not None]
         if drawn:
@@ -104,10 +106,11 @@ class SweepJournal:
         self.tracker.set_tags(self.run_id, {"chosen": json.dumps(result["chosen"] and result["chosen"]["limit"])})
         show_markdown(f"frontier-{self.key}", _markdown(result), "reward over cost along the limits")
         self.tracker.finish(self.run_id, "FINISHED", max(child["ended_ms"] for child in result["children"]))
+        return folder
 
     def failed(self) -> None:
         """The sweep ended by an error; the same command continues it."""
-        self.tracker.finish(self.run_id, "FAILED")
+        tell_failure(self.tracker, self.run_id)
 
 
 def _points(result: Mapping[str, Any]) -> list[MetricPoint]:

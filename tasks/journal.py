@@ -109,10 +109,7 @@ class Journal:
 
     def failed(self) -> None:
         """The run ended by an error, which is what the user is told even if MLflow cannot be; a later run continues."""
-        try:
-            self.tracker.finish(self.run_id, "FAILED")
-        except CdpoError as error:
-            log.warning("MLflow was not told that the run failed: %s", error)
+        tell_failure(self.tracker, self.run_id)
 
     def _register(self, result: Mapping[str, Any]) -> None:
         config = self.bench.config
@@ -120,7 +117,16 @@ class Journal:
             return
         tags = {"limit": f"{result['limit']:g}", "lambda": f"{result['lambda']:g}", "experiment": self.key}
         policy = ArtifactRef(**result["policy"])
-        self.tracker.register_policy(self.run_id, f"cdpo-{config.name}", policy, result["certificate"], tags)
+        name = config.tracking.model_name or f"cdpo-{config.name}"
+        self.tracker.register_policy(self.run_id, name, policy, result["certificate"], tags)
+
+
+def tell_failure(tracker: Tracker, run_id: str) -> None:
+    """Mark an MLflow run as failed; that MLflow cannot be told must not hide the failure itself."""
+    try:
+        tracker.finish(run_id, "FAILED")
+    except CdpoError as error:
+        log.warning("MLflow was not told that the run failed: %s", error)
 
 
 def verdict_markdown(result: Mapping[str, Any]) -> str:

@@ -7,10 +7,8 @@ from typing import Any
 
 from cdpo_core import pipeline
 from cdpo_core.artifacts import ArtifactRef
-from tasks.external import external_model
+from tasks.external import RESERVED_BASES, external_model
 from tasks.workbench import Workbench
-
-RESERVED_BASES = ("sft", "scratch")
 
 
 def train_scorers(bench: Workbench, data: ArtifactRef, reference: ArtifactRef) -> list[ArtifactRef]:

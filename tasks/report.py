@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from tasks.workbench import Workbench
 
 def report_folder(key: str, name: str) -> Path:
     """Where an experiment's or sweep's report goes: `reports/<name>-<key>` under the state folder."""
-    folder = cdpo_home() / "reports" / f"{name}-{key[:8]}"
+    # A name is free text; only what every file system takes in a file's name goes into the path.
+    slug = re.sub(r"[^\w.=≤-]+", "-", name).strip("-.")[:60]
+    folder = cdpo_home() / "reports" / f"{slug or 'report'}-{key[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -27,6 +27,7 @@ from cdpo_core.stages import (
     resolve,
 )
 from tasks.environment import cdpo_home
+from tasks.external import RESERVED_BASES, external_model
 from tasks.prefect_records import ProgressArtifacts
 from tasks.sources import source_ref
 from tasks.storage import open_store
@@ -66,7 +67,7 @@ class Workbench:
     store: Store
     scratch_root: Path
     results: list[Done] = field(default_factory=list)
-    externals: dict[str, str] = field(default_factory=dict)
+    externals: dict[str, str] | None = None
 
     def run(self, stage: Stage, inputs: Mapping[str, ArtifactRef], label: str = "", **extra: Any) -> ArtifactRef:
         """Run one stage as a Prefect task, which shows as `Cached` when the store has it already.
@@ -94,10 +95,24 @@ class Workbench:
 
         return Runtime(compute.device, compute.threads, compute.micro_batch, None, progress)
 
+    def put_record(self, name: str, record: Mapping[str, Any]) -> None:
+        """Keep a small record in the store under this name, unless there is one."""
+        self.store.put_record(name, dict(record))
+
     def external_digests(self) -> dict[str, str]:
         """Digests of the external inputs by name, which with the config make the experiment's identity."""
-        if not self.externals and not self.config.on_testbed:
-            self.externals["data.source"] = source_ref(self.config.data).digest
+        if self.externals is None:
+            config = self.config
+            bases = {"policy": (config.policy.base, config.policy.revision)}
+            bases["reward"] = config.reward.base, config.reward.revision
+            bases |= {f"constraints.{i}": (item.base, item.revision) for i, item in enumerate(config.constraints)}
+            self.externals = {
+                f"{name}.base": external_model(base, revision).digest
+                for name, (base, revision) in bases.items()
+                if base not in (*RESERVED_BASES, "reward")
+            }
+            if not config.on_testbed:
+                self.externals["data.source"] = source_ref(config.data).digest
         return self.externals
 
     @property

@@ -27,7 +27,7 @@ OVERRIDES = {"compute.threads": "1", "dual.start": "zero", "dual.rounds": "3"}
 # Far more than a run takes: a run that hangs fails a test, a busy machine does not.
 SECONDS = 1200
 # What two runs of one experiment may differ in: when and where they ran, and what was there already.
-CIRCUMSTANCES = {"seconds", "cached", "tracking", "store", "uri", "ended_ms"}
+CIRCUMSTANCES = {"seconds", "cached", "tracking", "store", "uri", "report", "ended_ms"}
 
 Moment = Callable[[], bool]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import types
@@ -304,11 +305,23 @@ def test_a_plan(flows: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
     for words in (
         "there already",
         "to compute",
-        "2 of 3 stages to compute, about 30 s",
+        "2 of 3 stages to compute, at least 30 s",
         "0.200",
         "warning: the limit is low",
     ):
         assert words in out
+
+
+def test_a_plan_of_any_name_without_earlier_runs(
+    flows: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = [{"name": "data", "cached": False, "estimate": None}]
+    flows.outcome = {"stages": stages, "margin": None, "memory": "", "warnings": []}
+    Path("any.yaml").write_text("name: 'a [/b]'\n")
+    assert main(["plan", "any.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert "a [/b]: what a run would do" in out
+    assert "1 of 1 stages to compute; nothing like them ran in this store yet" in out
 
 
 def test_grid_is_every_combination_in_order() -> None:
@@ -341,6 +354,20 @@ def test_results_are_written_whole_and_as_strict_json(tmp_path: Path) -> None:
     write_json(path, {"a": float("nan"), "b": [float("inf"), 1.5], "c": ("λ",)})
     assert json.loads(path.read_text()) == {"a": None, "b": [None, 1.5], "c": ["λ"]}
     assert [entry.name for entry in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_a_result_goes_through_a_link_and_into_a_pipe_and_replaces_neither(tmp_path: Path) -> None:
+    link, pipe = tmp_path / "link.json", tmp_path / "pipe"
+    link.symlink_to("there.json")
+    write_json(link, {"a": 1})
+    assert link.is_symlink()
+    assert json.loads((tmp_path / "there.json").read_text()) == {"a": 1}
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_json(pipe, {"a": 2})
+    assert json.loads(os.read(reader, 100)) == {"a": 2}
+    os.close(reader)
+    assert pipe.is_fifo()
 
 
 def test_plain_progress_prints_starts_ends_and_little_between(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,12 @@ def test_a_deployment_is_the_preset_it_names(item: Definition) -> None:
     flow = getattr(import_module(module), name)
     assert set(parameters) <= set(flow.parameters.properties)
     assert set(ExperimentConfig.model_fields) <= set(flow.parameters.properties)
+    # What the server refuses before anything starts.
+    rules = flow.parameters.properties
+    assert rules["seed"]["minimum"] == 0
+    assert rules["name"]["minLength"] == rules["constraints"]["minItems"] == 1
+    assert rules.get("limits", {"minItems": 1})["minItems"] == 1
+    assert all(rule["description"] for rule in rules.values())
     assert all(schedule.slug for schedule in item.schedules)
 
 

@@ -14,7 +14,7 @@ from acceptance.lab import ROOT
 
 # What two runs of one experiment may differ in: when and where they ran, what was there already, and how
 # many tests other experiments in the store have spent on the same prompts.
-CIRCUMSTANCES = {"seconds", "cached", "tracking", "store", "uri", "ended_ms", "spent"}
+CIRCUMSTANCES = {"seconds", "cached", "tracking", "store", "uri", "report", "ended_ms", "spent"}
 
 _PREFECT_RUNS = """
 import json, sys

@@ -15,7 +15,10 @@ def verdict(result: Mapping[str, Any]) -> str:
         return f"Infeasible: {limits} is out of reach; {result['reason']}."
     bounds = ", ".join(f"{item['name']} ≤ {item['certificate']['upper']:.3f}" for item in result["constraints"])
     certificate = result["certificate"]
+    spent = certificate.get("spent") or 0
+    use = f", which have been tested on {spent} times" if spent > 1 else ""
     basis = f"with {100 * (1 - certificate['delta']):g} % confidence, from {certificate['prompts']} held-out prompts"
+    basis += use
     if result["status"] == "certified":
         return f"Certified: {limits}. The mean cost, as the cost model measures it, is {bounds} {basis}."
     return f"Not certified: {limits} could not be shown; the bound is {bounds} {basis}."

@@ -1,0 +1,84 @@
+"""What an experiment is known by, what it enters in the store, and what a plan must leave alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from learning_kit import write_chain
+
+from cdpo_core.artifacts import ArtifactRef
+from cdpo_core.config import ExperimentConfig
+from cdpo_core.config_loading import load_config
+from cdpo_core.local_store import LocalStore
+from flows.plan import PlanBench
+from flows.sweep import with_limit
+from tasks.evaluation import spend
+from tasks.external import external_model
+from tasks.report import report_folder
+from tasks.tracking import experiment_key
+from tasks.workbench import Workbench
+
+SPLITS = ArtifactRef(uri="splits", digest="5" * 64, kind="splits")
+POLICY = ArtifactRef(uri="policy", digest="6" * 64, kind="policy")
+
+
+def bench(tmp_path: Path, config: ExperimentConfig | None = None, kind: type[Workbench] = Workbench) -> Workbench:
+    return kind(config or load_config("tiny"), LocalStore(tmp_path / "store"), tmp_path / "scratch")
+
+
+def test_each_test_of_a_certificate_split_is_one_entry(tmp_path: Path) -> None:
+    here = bench(tmp_path)
+    assert [spend(here, SPLITS, POLICY, [limit]) for limit in (-0.5, -0.5, -0.4)] == [1, 1, 2]
+    stricter = load_config("tiny", {"certificate.delta": "0.01"})
+    assert spend(bench(tmp_path, stricter), SPLITS, POLICY, [-0.5]) == 3
+    other = SPLITS.model_copy(update={"digest": "7" * 64})
+    assert spend(here, other, POLICY, [-0.5]) == 1
+
+
+def test_a_plan_enters_no_test(tmp_path: Path) -> None:
+    spend(bench(tmp_path), SPLITS, POLICY, [-0.5])
+    assert spend(bench(tmp_path, kind=PlanBench), SPLITS, POLICY, [-0.4]) == 1
+    assert len(bench(tmp_path).store.record_names("ledger/")) == 1
+
+
+def test_models_from_outside_are_part_of_an_experiment_by_their_content(tmp_path: Path) -> None:
+    first = write_chain(tmp_path / "chain")["reference"]
+    moved = tmp_path / "moved"
+    shutil.copytree(first, moved)
+
+    def key(folder: Path, field: str) -> str:
+        config = load_config("tiny", {field: str(folder)})
+        digests = bench(tmp_path, config).external_digests()
+        assert digests == {field: external_model(str(folder)).digest}
+        return experiment_key(config, digests)
+
+    for field in ("policy.base", "reward.base", "constraints.0.base"):
+        before = key(first, field)
+        assert key(moved, field) == before
+        settings = json.loads((moved / "config.json").read_text())
+        (moved / "config.json").write_text(json.dumps({**settings, "changed": field}))
+        assert key(moved, field) != before
+        (moved / "config.json").write_text((first / "config.json").read_text())
+    assert bench(tmp_path).external_digests() == {}
+
+
+def test_a_sweep_registers_versions_of_one_model() -> None:
+    config = load_config("tiny")
+    children = [with_limit(config, limit, "parent") for limit in (-0.5, -0.4)]
+    assert {child.tracking.model_name for child in children} == {"cdpo-tiny"}
+    named = load_config("tiny", {"tracking.model_name": "ours"})
+    assert with_limit(named, -0.5, "").tracking.model_name == "ours"
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "a [/b]", "x" * 100, "λ / β", "..", "tiny, harm ≤ -0.5"])
+def test_a_report_stays_in_its_folder_whatever_the_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CDPO_HOME", str(tmp_path))
+    folder = report_folder("0123456789", name)
+    assert folder.is_dir()
+    assert folder.resolve().parent == (tmp_path / "reports").resolve()
+    assert folder != report_folder("9876543210", name)
