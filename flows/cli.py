@@ -265,7 +265,9 @@ def doctor(
 ) -> int:
     """Look at what is installed, reachable, writable."""
     from flows.doctor import examine
+    from flows.up import join_running
 
+    join_running()
     findings = examine(_load(config, overrides or {}))
     for finding in findings:
         sign = "✗" if finding.fix else "✓"
@@ -280,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokens: list[str] = []
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
     try:
-        quiet_environment()
+        quiet_environment(make_home=False)
         tokens, overrides = split_tokens(sys.argv[1:] if arguments is None else arguments)
         command, bound, left = app.parse_args(tokens, exit_on_error=False, print_error=False)
         return _call(command, bound.args, bound.kwargs, overrides, takes_overrides="overrides" in left)

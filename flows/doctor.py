@@ -9,10 +9,13 @@ import shutil
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.errors import CdpoError
+from tasks.environment import cdpo_home
+from tasks.mlflow_connection import given_address, is_http, without_secrets
 
 PACKAGES = ("torch", "transformers", "prefect", "mlflow", "pydantic", "fastapi", "boto3", "datasets", "peft")
 LEAST_FREE_GIB = 2
@@ -89,11 +92,9 @@ def _machine() -> Finding:
 
 
 def _home() -> Finding:
-    from tasks.environment import cdpo_home
-
     home = cdpo_home()
-    nearest = next(folder for folder in (home, *home.parents) if folder.exists())
-    if not os.access(nearest, os.W_OK):
+    nearest = next(folder for folder in (home, *home.parents) if os.access(folder, os.F_OK))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         return Finding("state folder", f"{home} cannot be written", "give another folder in CDPO_HOME")
     free = shutil.disk_usage(nearest).free / 2**30
     fix = f"free at least {LEAST_FREE_GIB} GiB, or give another folder in CDPO_HOME" if free < LEAST_FREE_GIB else ""
@@ -101,35 +102,38 @@ def _home() -> Finding:
 
 
 def _store(config: ExperimentConfig) -> Finding:
-    from tasks.workbench import store_of
+    from tasks.storage import open_store
 
-    store = store_of(config)
+    store = open_store(config.store.uri or str(cdpo_home() / "store"))
     store.probe()
     return Finding("store", f"{store.uri}: read and written")
 
 
 def _mlflow(config: ExperimentConfig) -> Finding:
-    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if not config.tracking.enabled:
         return Finding("MLflow", "turned off by tracking.enabled")
+    uri = given_address(config.tracking)
     if not uri:
         return Finding("MLflow", "a database under the state folder (no server needed)")
-    if uri.startswith("http"):
+    if is_http(uri):
         return _answers("MLflow", f"{uri.rstrip('/')}/health", "start it, or correct MLFLOW_TRACKING_URI")
-    return Finding("MLflow", uri.split("@")[-1])
+    return Finding("MLflow", without_secrets(uri))
 
 
 def _prefect() -> Finding:
     url = os.environ.get("PREFECT_API_URL", "")
     if not url:
         return Finding("Prefect", "a temporary server within the run (`cdpo up` starts one that stays)")
+    if without_secrets(url) != url:
+        fix = "take them out of PREFECT_API_URL, and set PREFECT_API_AUTH_STRING"
+        return Finding("Prefect", f"{without_secrets(url)} holds credentials", fix)
     return _answers("Prefect", f"{url.rstrip('/')}/health", "start it (cdpo up), or unset PREFECT_API_URL")
 
 
 def _answers(what: str, url: str, fix: str) -> Finding:
     try:
         urllib.request.urlopen(url, timeout=SECONDS).close()
-    except (OSError, ValueError) as error:
+    except (OSError, HTTPException, ValueError) as error:
         return Finding(what, f"{url} does not answer: {error}", fix)
     return Finding(what, f"{url} answers")
 
@@ -140,4 +144,4 @@ def _environment() -> Finding:
 
 
 def _short(value: str) -> str:
-    return value.replace(str(Path.home()), "~").split("@")[-1]
+    return without_secrets(value).replace(str(Path.home()), "~")

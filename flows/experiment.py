@@ -94,24 +94,8 @@ def experiment(
         tracking: MLflow.
         compute: the machine; changes no result but by rounding.
     """
-    config = ExperimentConfig(
-        name=name,
-        seed=seed,
-        data=data,
-        testbed=testbed,
-        policy=policy,
-        sft=sft,
-        reward=reward,
-        constraints=constraints,
-        dpo=dpo,
-        dual=dual,
-        sampling=sampling,
-        certificate=certificate,
-        evaluation=evaluation,
-        store=store,
-        tracking=tracking,
-        compute=compute,
-    )
+    # The parameters, which at this line are all there is, are the config's sections.
+    config = ExperimentConfig(**locals())
     bench = open_workbench(config)
     announce(bench)
     check_before_run(config)

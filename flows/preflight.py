@@ -63,11 +63,17 @@ def _check_prefect() -> None:
     url = PREFECT_API_URL.value()
     if not url:  # the run starts a temporary server
         return
+    if without_secrets(url) != url:
+        raise InputError(
+            "the Prefect server's address holds credentials",
+            where=f"PREFECT_API_URL = {without_secrets(url)}",
+            fix="take them out, and set PREFECT_API_AUTH_STRING",
+        )
     with get_client(sync_client=True) as client:
         error = client.api_healthcheck()
     if error is not None:
         raise InputError(
-            f"the Prefect server cannot be reached: {error}",
+            f"the Prefect server cannot be reached: {without_secrets(str(error))}",
             where=f"PREFECT_API_URL = {without_secrets(url)}",
             fix="start it (`cdpo up`), or unset PREFECT_API_URL: the run then starts a temporary server",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -105,12 +106,18 @@ def _end(processes: Sequence[psutil.Process], grace: float) -> None:
 
 
 def taken(port: int) -> bool:
-    """Whether something on this machine listens on the port."""
+    """Whether something on this machine listens on the port.
+
+    Raises:
+        OSError: it cannot be listened on for another reason.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
-        except OSError:
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
             return True
     return False
 

@@ -80,24 +80,8 @@ def sweep(
         tracking: MLflow.
         compute: the machine; changes no result but by rounding.
     """
-    config = ExperimentConfig(
-        name=name,
-        seed=seed,
-        data=data,
-        testbed=testbed,
-        policy=policy,
-        sft=sft,
-        reward=reward,
-        constraints=constraints,
-        dpo=dpo,
-        dual=dual,
-        sampling=sampling,
-        certificate=certificate,
-        evaluation=evaluation,
-        store=store,
-        tracking=tracking,
-        compute=compute,
-    )
+    # The parameters, which at this line are all there is, are the limits and the config's sections.
+    config = ExperimentConfig(**{key: value for key, value in locals().items() if key != "limits"})
     result = _conduct(config, sorted(set(limits)))
     certified = sum(child["status"] == "certified" for child in result["children"])
     return Completed(message=f"{certified} of {len(result['children'])} limits certified", data=result)

@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any
 
 from cdpo_core.errors import CdpoError, InputError
+from flows.command_line import default_to_nothing
 from flows.processes import MARKER, Child, end_all, end_marked, free_port, http_json, tail, taken
 from flows.terminal import make_log_folder
 from tasks.environment import cdpo_home, local_mlflow
@@ -63,10 +64,10 @@ def serve(prefect_port: int, mlflow_port: int) -> int:
                 _announce(home, *ports)
                 _watch(children, stop)
         finally:
-            print("ending the worker and the servers …", flush=True)
+            _say("ending the worker and the servers …")
             left = end_all(list(reversed(children)), marker)
             (home / STATE).unlink(missing_ok=True)
-            print("all ended" if not left else f"still running: {left}", flush=True)
+            _say("all ended" if not left else f"still running: {left}")
     return 0
 
 
@@ -87,7 +88,7 @@ def _start(
     prefect_port, mlflow_port = ports
     backend, artifacts = local_mlflow(home)
     logs = home / "logs"
-    print("starting the Prefect server and the MLflow server …", flush=True)
+    _say("starting the Prefect server and the MLflow server …")
     prefect = Child(
         "the Prefect server",
         [*python, "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect_port)],
@@ -99,11 +100,12 @@ def _start(
     mlflow_command = [*python, "mlflow", "server", "--host", "127.0.0.1", "--port", str(mlflow_port), "--workers", "1"]
     mlflow_command += ["--backend-store-uri", backend, "--default-artifact-root", artifacts, "--no-serve-artifacts"]
     mlflow_command += ["--allowed-hosts", hosts]
-    children.append(Child("the MLflow server", mlflow_command, environment, logs / "mlflow-server.log"))
-    for address in (f"http://127.0.0.1:{prefect_port}/api/health", f"http://127.0.0.1:{mlflow_port}/health"):
-        if not _wait(lambda address=address: http_json(address) is not None, children, stop):
+    mlflow = Child("the MLflow server", mlflow_command, environment, logs / "mlflow-server.log")
+    children.append(mlflow)
+    for server, health in ((prefect, f"{prefect_port}/api/health"), (mlflow, f"{mlflow_port}/health")):
+        if not _wait(server, lambda path=health: http_json(f"http://127.0.0.1:{path}") is not None, children, stop):
             return False
-    print("deploying …", flush=True)
+    _say("deploying …")
     deploy = [*python, "deployments.bootstrap", "--pool", POOL, "--working-folder", str(Path.cwd())]
     deployer = Child("the deployment", deploy, environment, logs / "deploy.log")
     if not _finish(deployer, children, stop):
@@ -111,7 +113,7 @@ def _start(
     worker = [*python, "prefect", "worker", "start", "--pool", POOL, "--name", WORKER, "--install-policy", "never"]
     children.append(Child("the worker", worker, environment, logs / "worker.log"))
     workers = f"http://127.0.0.1:{prefect_port}/api/work_pools/{POOL}/workers/filter"
-    return _wait(lambda: _is_online(workers), children, stop)
+    return _wait(children[-1], lambda: _is_online(workers), children, stop)
 
 
 def _announce(home: Path, prefect_port: int, mlflow_port: int) -> None:
@@ -124,7 +126,16 @@ def _announce(home: Path, prefect_port: int, mlflow_port: int) -> None:
         "Start a run in the browser, or with `cdpo run …` in another terminal; both show in both.",
         "Ctrl-C ends everything started here.",
     ):
+        _say(line)
+
+
+def _say(line: str) -> None:
+    """Print a line; that its reader went away (`cdpo up | head`, a closed terminal) stops nothing."""
+    try:
         print(line, flush=True)
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            default_to_nothing()
 
 
 def _watch(children: list[Child], stop: threading.Event) -> None:
@@ -147,8 +158,8 @@ def _check(children: list[Child]) -> None:
             )
 
 
-def _wait(is_ready: Any, children: list[Child], stop: threading.Event) -> bool:
-    """Poll until ready; False if told to stop."""
+def _wait(awaited: Child, is_ready: Any, children: list[Child], stop: threading.Event) -> bool:
+    """Poll until the awaited child is ready; False if told to stop."""
     deadline = time.monotonic() + READY_SECONDS
     while not is_ready():
         if stop.wait(0.2):
@@ -156,8 +167,8 @@ def _wait(is_ready: Any, children: list[Child], stop: threading.Event) -> bool:
         _check(children)
         if time.monotonic() > deadline:
             raise CdpoError(
-                f"{children[-1].name} was not ready within {READY_SECONDS} s\n{tail(children[-1].log)}",
-                where=str(children[-1].log),
+                f"{awaited.name} was not ready within {READY_SECONDS} s\n{tail(awaited.log)}",
+                where=str(awaited.log),
                 fix="read its log; a machine under load may need a second try",
             )
     return True
@@ -166,7 +177,7 @@ def _wait(is_ready: Any, children: list[Child], stop: threading.Event) -> bool:
 def _finish(deployer: Child, children: list[Child], stop: threading.Event) -> bool:
     """Wait for a child that is meant to end; False if told to stop."""
     try:
-        if not _wait(lambda: deployer.poll() is not None, children, stop):
+        if not _wait(deployer, lambda: deployer.poll() is not None, children, stop):
             return False
         if deployer.poll() != 0:
             raise CdpoError(
@@ -202,7 +213,15 @@ def _environment(home: Path, marker: str, prefect_port: int, mlflow_port: int) -
 def _port(port: int, option: str) -> int:
     if not 0 <= port < 65536:
         raise InputError(f"{port} is no port", where=option, fix="give one from 1024 to 65535, or 0 for a free one")
-    if port and taken(port):
+    try:
+        in_use = port > 0 and taken(port)
+    except OSError as error:
+        raise InputError(
+            f"port {port} cannot be listened on: {error.strerror}",
+            where=option,
+            fix="give one from 1024 to 65535, or 0 for a free one",
+        ) from error
+    if in_use:
         raise InputError(
             f"port {port} is in use",
             where=option,
@@ -258,7 +277,7 @@ def _end_leftovers(home: Path) -> None:
     """End what a killed `cdpo up` left behind."""
     state = _read_state(home)
     if state is not None and (ended := end_marked(state["marker"])):
-        print(f"ended {ended} processes that a killed `cdpo up` had left", flush=True)
+        _say(f"ended {ended} processes that a killed `cdpo up` had left")
 
 
 @contextlib.contextmanager

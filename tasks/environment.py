@@ -44,11 +44,15 @@ def local_mlflow(home: Path) -> tuple[str, str]:
     return f"sqlite:///{home / 'mlflow.db'}", (home / "mlartifacts").as_uri()
 
 
-def quiet_environment() -> None:
+def quiet_environment(*, make_home: bool = True) -> None:
     """Set the environment Prefect and MLflow run in: no telemetry, no noise, Prefect's home under `cdpo_home()`.
 
     Prefect's home is left alone when the user names one (PREFECT_HOME) or a server (PREFECT_API_URL).
     Child processes inherit it.
+
+    Args:
+        make_home: also make that home; the command line leaves it to what first writes there, so that help and
+            `cdpo doctor` need no folder.
 
     Raises:
         InputError: the state folder cannot be written (Prefect itself would try for minutes).
@@ -58,7 +62,8 @@ def quiet_environment() -> None:
     if not os.environ.get("PREFECT_HOME") and not os.environ.get("PREFECT_API_URL"):
         home = cdpo_home() / "prefect"
         try:
-            home.mkdir(parents=True, exist_ok=True)
+            if make_home:
+                home.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             what = f"the state folder cannot be written: {error.strerror}"
             raise InputError(what, where=str(home), fix="set CDPO_HOME to a folder you can write to") from error

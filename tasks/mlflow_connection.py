@@ -24,6 +24,9 @@ T = TypeVar("T")
 PROBE_SECONDS = 10
 CONTENDED = ("IntegrityError", "UniqueViolation", "database is locked")
 CONTENDED_TRIES = 8
+# `user:password@` behind `://`, or at the start of an address without it; a password may hold `/` and `@`.
+_LOGIN = re.compile(r"((?<=://)(?!/)|^(?=[^\s/:@]+:(?!//)))(?P<login>[^\s/:@]*:\S*|[^\s/]*)@")
+_SECRET = re.compile(r"(?i)(password|passwd|pwd|secret|token)=[^&\s]+")
 FIX = "start the server, correct tracking.uri or MLFLOW_TRACKING_URI, or turn it off: --tracking.enabled false"
 
 
@@ -35,10 +38,10 @@ def connect(tracking: TrackingConfig, home: Path) -> tuple[Any, str, str]:
         home: the state folder.
 
     Raises:
-        InputError: MLflow cannot be reached or refuses, within 30 seconds.
+        InputError: MLflow cannot be reached or refuses, within 30 seconds, or its address holds credentials.
     """
     quiet_environment()
-    uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "") or local_mlflow(home)[0]
+    uri = given_address(tracking) or local_mlflow(home)[0]
     _check_reachable(uri)
     with mlflow_errors(InputError, without_secrets(uri), FIX):
         from mlflow import MlflowClient
@@ -46,6 +49,32 @@ def connect(tracking: TrackingConfig, home: Path) -> tuple[Any, str, str]:
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         artifacts = None if is_http(uri) else local_mlflow(home)[1]
         return client, uri, _find_or_create_experiment(client, tracking.experiment, artifacts)
+
+
+def given_address(tracking: TrackingConfig) -> str:
+    """The config's address, else MLFLOW_TRACKING_URI, else "".
+
+    Raises:
+        InputError: it holds credentials. A database takes them no other way, so its address may, in the environment.
+    """
+    uri, source = tracking.uri, "tracking.uri"
+    if not uri:
+        uri, source = os.environ.get("MLFLOW_TRACKING_URI", ""), "MLFLOW_TRACKING_URI"
+    where = f"{source} = {without_secrets(uri)}"
+    if is_http(uri) and without_secrets(uri) != uri:
+        raise InputError(
+            "the MLflow server's address holds credentials",
+            where=where,
+            fix="take them out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+        )
+    if tracking.uri and _holds_password(uri):
+        raise InputError(
+            "the MLflow database's address holds a password, and configs are shown and stored",
+            where=where,
+            fix="leave tracking.uri empty and give the whole address in MLFLOW_TRACKING_URI; a server's credentials "
+            "belong into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+        )
+    return uri
 
 
 @contextmanager
@@ -81,8 +110,12 @@ def is_http(uri: str) -> bool:
 
 def without_secrets(text: str) -> str:
     """The text without passwords in addresses (`//user:password@`, `password=...`)."""
-    text = re.sub(r"(?<=://)[^/@\s]+@", "***@", text)
-    return re.sub(r"(?i)\b(password|passwd|secret|token)=[^&\s]+", r"\1=***", text)
+    return _SECRET.sub(r"\1=***", _LOGIN.sub("***@", text))
+
+
+def _holds_password(uri: str) -> bool:
+    login = _LOGIN.search(uri)
+    return bool(_SECRET.search(uri) or (login and ":" in login["login"]))
 
 
 def _find_or_create_experiment(client: Any, name: str, artifacts: str | None) -> str:
@@ -113,7 +146,8 @@ def _check_reachable(uri: str) -> None:
         except urllib.error.HTTPError:
             return  # It answers; what it refuses, the client's first call says better.
         except (OSError, HTTPException, ValueError) as error:
-            raise InputError(f"the MLflow server cannot be reached: {error}", where=where, fix=FIX) from error
+            what = f"the MLflow server cannot be reached: {without_secrets(str(error))}"
+            raise InputError(what, where=where, fix=FIX) from error
     elif re.match(r"\w+(\+\w+)?://", uri) and not uri.startswith("file:"):
         _check_database(uri, where)
     else:
@@ -127,6 +161,10 @@ def _check_database(uri: str, where: str) -> None:
     is_sqlite = uri.startswith("sqlite:")
     try:
         address = sqlalchemy.make_url(uri)
+    except (sqlalchemy.exc.SQLAlchemyError, ValueError):
+        # Its words may repeat a part of a password.
+        raise InputError("the MLflow database's address cannot be read", where=where, fix=FIX) from None
+    try:
         if is_sqlite and address.database:
             Path(address.database).parent.mkdir(parents=True, exist_ok=True)
         arguments = {} if is_sqlite else {"connect_timeout": PROBE_SECONDS}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from concurrent.futures import Future
 from functools import cache
+from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
 
@@ -12,6 +14,7 @@ from botocore import exceptions as boto_errors
 from s3transfer.exceptions import RetriesExceededError
 
 from cdpo_core.errors import StoreUnavailable
+from tasks.mlflow_connection import without_secrets
 
 if TYPE_CHECKING:
     from boto3.s3.transfer import TransferConfig
@@ -23,6 +26,7 @@ TRANSPORT_ERRORS = (boto_errors.BotoCoreError, boto_errors.ClientError, RetriesE
 """All that boto3 raises about a server or its settings (a malformed endpoint is a bare ValueError)."""
 
 PART_BYTES = 64 << 20
+ANSWER_SECONDS = 25.0
 
 _AWAY = (
     boto_errors.HTTPClientError,
@@ -61,6 +65,9 @@ def connect(*, patient: bool) -> S3Client:
 
     Args:
         patient: for work (long timeouts, many retries), or for a probe that ends within 30 seconds.
+
+    Raises:
+        StoreUnavailable: the server's address holds credentials.
     """
     import boto3
     from botocore.config import Config
@@ -72,7 +79,14 @@ def connect(*, patient: bool) -> S3Client:
     config = Config(**timeouts, max_pool_connections=32)
     session = boto3.session.Session()
     client = session.client("s3", config=config)
-    host = urlsplit(client.meta.endpoint_url).hostname or ""
+    endpoint = client.meta.endpoint_url
+    if without_secrets(endpoint) != endpoint:
+        raise StoreUnavailable(
+            "the S3 server's address holds credentials",
+            where=without_secrets(endpoint),
+            fix=f"take them out of AWS_ENDPOINT_URL, and {_SET_CREDENTIALS}",
+        )
+    host = urlsplit(endpoint).hostname or ""
     if re.search(r"\.amazonaws\.com(\.cn)?$", host):
         return client
     plain: dict[str, Any] = {
@@ -80,6 +94,38 @@ def connect(*, patient: bool) -> S3Client:
         for name in ("request_checksum_calculation", "response_checksum_validation")
     }
     return session.client("s3", config=config.merge(Config(s3={"addressing_style": "path"}, **plain)))
+
+
+def check_answers(uri: str) -> None:
+    """Ask the server of a store once whether it is there; nothing is written.
+
+    What a server that answers refuses, the first request of the work itself says better.
+
+    Args:
+        uri: `s3://bucket/prefix`.
+
+    Raises:
+        StoreUnavailable: it does not answer within 30 seconds, or there are no credentials.
+    """
+    answer: Future[None] = Future()
+
+    def ask() -> None:
+        try:
+            connect(patient=False).head_bucket(Bucket=urlsplit(uri).netloc)
+            answer.set_result(None)
+        except Exception as error:
+            answer.set_exception(error)
+
+    # A thread, because the look-up of a host name or of credentials knows no time limit.
+    Thread(target=ask, daemon=True).start()
+    try:
+        answer.result(ANSWER_SECONDS)
+    except TimeoutError as error:
+        what = f"the S3 server did not answer within {ANSWER_SECONDS:g} s"
+        raise StoreUnavailable(what, where=uri, fix="check AWS_ENDPOINT_URL, the server and the network") from error
+    except TRANSPORT_ERRORS as error:
+        if may_pass(error) or not isinstance(error, boto_errors.ClientError):
+            raise unavailable(error, uri) from error
 
 
 @cache
@@ -106,19 +152,15 @@ def may_pass(error: Exception) -> bool:
 def unavailable(error: Exception, uri: str) -> StoreUnavailable:
     """What went wrong, for the user; no secret of the environment is in it."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
-    where = f"{uri} on {_without_secrets(endpoint)}"
+    where = f"{uri} on {without_secrets(endpoint)}"
     if isinstance(error, _NO_CREDENTIALS):
         return StoreUnavailable("there are no S3 credentials", where=where, fix=_SET_CREDENTIALS)
     code = error_code(error)
     if code in _BY_CODE:
         what, fix = _BY_CODE[code]
         return StoreUnavailable(what, where=where, fix=fix)
-    first_line = _without_secrets(str(error)).splitlines()[0][:200]
+    first_line = without_secrets(str(error)).splitlines()[0][:200]
     if isinstance(error, _AWAY):
         fix = "start the server, check AWS_ENDPOINT_URL and the network, then run the same command again"
         return StoreUnavailable(f"the S3 server cannot be reached: {first_line}", where=where, fix=fix)
     return StoreUnavailable(f"the S3 server reports: {first_line}", where=where, fix="check the store's address")
-
-
-def _without_secrets(text: str) -> str:
-    return re.sub(r"//[^/@\s]*@", "//***@", text)

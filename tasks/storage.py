@@ -49,6 +49,24 @@ def open_store(uri: str) -> Store:
     raise _unknown(uri)
 
 
+def open_to_read(uri: str) -> Store:
+    """The store at an address whose server answers; nothing is written (for less than `Store.probe` asks).
+
+    Args:
+        uri: see `open_store`.
+
+    Raises:
+        InputError: see `open_store`.
+        StoreUnavailable: the server does not answer within 30 seconds.
+    """
+    store = open_store(uri)
+    if store.uri.startswith("s3://"):
+        from tasks.s3_connection import check_answers
+
+        check_answers(store.uri)
+    return store
+
+
 def _s3_store(address: SplitResult) -> Store:
     bucket, prefix = address.netloc, address.path.strip("/")
     if not _BUCKET.fullmatch(bucket) or address.query or address.fragment:

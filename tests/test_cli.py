@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 import types
@@ -17,7 +16,7 @@ import pytest
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.errors import InputError, TrainingError
 from flows.cli import main
-from flows.command_line import split_tokens, write_json
+from flows.command_line import split_tokens
 from flows.grid import grid, parse_limits
 from flows.terminal import PlainLines, StageProgress
 
@@ -347,27 +346,6 @@ def test_fields_are_taken_out_of_the_arguments_with_any_value() -> None:
     )
     assert tokens == ["run", "x", "--json", "r.json", "--", "--c.d"]
     assert fields == {"dpo.beta": "-1", "a.b": "-2"}
-
-
-def test_results_are_written_whole_and_as_strict_json(tmp_path: Path) -> None:
-    path = tmp_path / "r.json"
-    write_json(path, {"a": float("nan"), "b": [float("inf"), 1.5], "c": ("λ",)})
-    assert json.loads(path.read_text()) == {"a": None, "b": [None, 1.5], "c": ["λ"]}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["r.json"]
-
-
-def test_a_result_goes_through_a_link_and_into_a_pipe_and_replaces_neither(tmp_path: Path) -> None:
-    link, pipe = tmp_path / "link.json", tmp_path / "pipe"
-    link.symlink_to("there.json")
-    write_json(link, {"a": 1})
-    assert link.is_symlink()
-    assert json.loads((tmp_path / "there.json").read_text()) == {"a": 1}
-    os.mkfifo(pipe)
-    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    write_json(pipe, {"a": 2})
-    assert json.loads(os.read(reader, 100)) == {"a": 2}
-    os.close(reader)
-    assert pipe.is_fifo()
 
 
 def test_plain_progress_prints_starts_ends_and_little_between(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -104,6 +105,58 @@ def test_a_died_part_is_noticed_and_its_log_shown(tmp_path: Path) -> None:
     os.kill(killed._process.pid, signal.SIGKILL)
     with pytest.raises(CdpoError, match="the server was killed by signal 9"):
         up._watch([killed], threading.Event())
+
+
+SERVE = """
+import sys
+from pathlib import Path
+from flows import up
+from flows.processes import Child
+
+def start(home, environment, ports, children, stop):
+    child = Child("a part", [sys.executable, "-c", "import time; time.sleep(60)"], environment, home / "log")
+    (home / "pid").write_text(str(child._process.pid))
+    children.append(child)
+    return True
+
+up._start, up._watch = start, lambda children, stop: None
+sys.exit(up.serve(0, 0))
+"""
+
+
+def test_all_ends_when_nobody_reads_what_is_printed(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "CDPO_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", SERVE], env=environment, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+    assert not (tmp_path / up.STATE).exists()
+
+
+def test_the_part_that_was_waited_for_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(up, "READY_SECONDS", 0)
+    children = [Child(name, _sleeping(), dict(os.environ), tmp_path / name) for name in ("the first", "the last")]
+    try:
+        with pytest.raises(CdpoError, match="the first was not ready") as caught:
+            up._wait(children[0], lambda: False, children, threading.Event())
+        assert caught.value.where == str(tmp_path / "the first")
+    finally:
+        for child in children:
+            child.end()
+
+
+def test_a_port_that_may_not_be_used_is_not_called_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: socket.socket, address: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(socket.socket, "bind", refuse)
+    with pytest.raises(InputError, match="port 80 cannot be listened on: Permission denied") as caught:
+        up._port(80, "--prefect-port")
+    assert "from 1024" in caught.value.fix
 
 
 def test_a_port_in_use_is_an_error_and_0_takes_a_free_one() -> None:

@@ -15,7 +15,7 @@ from cdpo_core.artifacts import folder_files
 from cdpo_core.errors import StoreUnavailable
 from tasks import s3_connection, s3_store
 from tasks.s3_store import S3Store
-from tasks.storage import open_store
+from tasks.storage import open_store, open_to_read
 
 
 def test_large_objects_travel_in_parts(s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,11 +65,35 @@ def test_a_server_that_ignores_if_none_match_is_refused(s3_uri: str, monkeypatch
 
 
 def test_an_unreachable_server(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://someone:planted-secret@127.0.0.1:9")
-    with pytest.raises(StoreUnavailable, match="cannot be reached") as caught:
-        open_store(s3_uri).probe()
-    assert "planted-secret" not in str(caught.value)
-    assert len(str(caught.value).splitlines()) <= 12
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    for ask in (lambda: open_store(s3_uri).probe(), lambda: open_to_read(s3_uri)):
+        with pytest.raises(StoreUnavailable, match="cannot be reached") as caught:
+            ask()
+        assert len(str(caught.value).splitlines()) <= 12
+
+
+def test_an_endpoint_with_credentials_is_refused(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for login, words in (("someone:planted-secret", "holds credentials"), ("someone:planted/secret", "S3 server")):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{login}@127.0.0.1:9")
+        for ask in (lambda: open_store(s3_uri).probe(), lambda: open_store(s3_uri).find("sft", "key")):
+            with pytest.raises(StoreUnavailable, match=words) as caught:
+                ask()
+            assert "planted" not in str(caught.value)
+            assert "secret@" not in str(caught.value)
+
+
+def test_a_store_opened_to_read_is_asked_and_not_written_to(s3_uri: str) -> None:
+    store = open_to_read(s3_uri)
+    assert isinstance(store, S3Store)
+    assert store._names("") == []
+    assert open_to_read("s3://no-such-bucket/x").uri == "s3://no-such-bucket/x"
+
+
+def test_a_server_that_never_answers_is_not_read_from(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_connection, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(s3_connection, "connect", lambda patient: Barrier(2).wait(5))
+    with pytest.raises(StoreUnavailable, match="did not answer"):
+        open_to_read(s3_uri)
 
 
 def test_a_server_that_never_answers_is_given_up(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:

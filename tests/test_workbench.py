@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.config_loading import load_config
 from cdpo_core.local_store import LocalStore
+from flows.command_line import write_json
 from flows.plan import PlanBench
 from flows.sweep import with_limit
 from tasks.evaluation import spend
@@ -82,3 +84,24 @@ def test_a_report_stays_in_its_folder_whatever_the_name(
     assert folder.is_dir()
     assert folder.resolve().parent == (tmp_path / "reports").resolve()
     assert folder != report_folder("9876543210", name)
+
+
+def test_results_are_written_whole_and_as_strict_json(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    write_json(path, {"a": float("nan"), "b": [float("inf"), 1.5], "c": ("λ",)})
+    assert json.loads(path.read_text()) == {"a": None, "b": [None, 1.5], "c": ["λ"]}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_a_result_goes_through_a_link_and_into_a_pipe_and_replaces_neither(tmp_path: Path) -> None:
+    link, pipe = tmp_path / "link.json", tmp_path / "pipe"
+    link.symlink_to("there.json")
+    write_json(link, {"a": 1})
+    assert link.is_symlink()
+    assert json.loads((tmp_path / "there.json").read_text()) == {"a": 1}
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_json(pipe, {"a": 2})
+    assert json.loads(os.read(reader, 100)) == {"a": 2}
+    os.close(reader)
+    assert pipe.is_fifo()
