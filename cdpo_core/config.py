@@ -95,9 +95,10 @@ class RewardConfig(Section):
     base: str = Field("sft", min_length=1, description="`sft` starts from the reference policy, `scratch` from random weights; else a local folder or hub id.", json_schema_extra={"position": 0})
     revision: str = Field("", description="Hub revision to pin.", json_schema_extra={"position": 1})
     train: bool = Field(True, description="Train on the preferences; false takes a ready reward model as it is.", json_schema_extra={"position": 2})
-    epochs: int = Field(7, ge=1, description="Passes over the pairs.", json_schema_extra={"position": 3})
+    epochs: int = Field(4, ge=1, description="Passes over the pairs.", json_schema_extra={"position": 3})
     batch: int = Field(128, ge=1, description="Pairs a step.", json_schema_extra={"position": 4})
     learning_rate: float = Field(4e-3, gt=0, description="Peak learning rate.", json_schema_extra={"position": 5})
+    optimizer: Literal["muon", "adamw"] = Field("muon", description="`muon` for the layers' matrices, with AdamW for the rest (adapters too), learns in fewer steps; `adamw` for all.", json_schema_extra={"position": 6})
 
 
 class ConstraintConfig(Section):
@@ -118,13 +119,14 @@ class DpoConfig(Section):
     beta: float = Field(1.0, gt=0, description="Strength of the pull to the reference (units of reward per nat of KL).", json_schema_extra={"position": 0})
     labels: Literal["soft", "sampled", "hard"] = Field("soft", description="`sampled` is the paper's draw, `soft` its expectation, `hard` the arg max.", json_schema_extra={"position": 1})
     anchor: float = Field(0.1, ge=0, description="Weight of the importance-weighted likelihood of the reference samples.", json_schema_extra={"position": 2})
-    steps: int = Field(550, ge=1, description="Optimizer steps a round.", json_schema_extra={"position": 3})
+    steps: int = Field(400, ge=1, description="Optimizer steps a round.", json_schema_extra={"position": 3})
     prompts_per_step: int = Field(16, ge=1, description="Prompts a step.", json_schema_extra={"position": 4})
     responses_per_prompt: int = Field(16, ge=2, description="Responses of each prompt a step; all their pairs are trained on.", json_schema_extra={"position": 5})
     focus: float = Field(0.7, ge=0, lt=1, description="Share of a step's responses drawn by their weight under the policy sought instead of evenly.", json_schema_extra={"position": 6})
     learning_rate: float = Field(6e-3, gt=0, description="Peak learning rate (cosine to 0).", json_schema_extra={"position": 7})
-    adam_beta2: float = Field(0.99, gt=0, lt=1, description="Adam's second-moment decay.", json_schema_extra={"position": 8})
-    averaging: float = Field(0.98, ge=0, lt=1, description="Decay of the running average of the weights that is returned; 0 returns the last weights.", json_schema_extra={"position": 9})
+    optimizer: Literal["muon", "adamw"] = Field("muon", description="`muon` for the layers' matrices, with AdamW for the rest (adapters too), learns in fewer steps; `adamw` for all.", json_schema_extra={"position": 8})
+    adam_beta2: float = Field(0.99, gt=0, lt=1, description="Adam's second-moment decay.", json_schema_extra={"position": 9})
+    averaging: float = Field(0.98, ge=0, lt=1, description="Decay of the running average of the weights that is returned; 0 returns the last weights.", json_schema_extra={"position": 10})
 
 
 class DualConfig(Section):

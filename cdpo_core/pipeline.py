@@ -89,6 +89,7 @@ SCORERS = Stage(
         "reward.epochs",
         "reward.batch",
         "reward.learning_rate",
+        "reward.optimizer",
     ),
 )
 SCORES = Stage("scores", "scores", _core("cdpo_core.learning.score:score_responses"))
@@ -109,6 +110,7 @@ ROUND = Stage(
         "dpo.responses_per_prompt",
         "dpo.focus",
         "dpo.learning_rate",
+        "dpo.optimizer",
         "dpo.adam_beta2",
         "dpo.averaging",
     ),

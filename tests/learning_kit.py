@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from cdpo_core import pipeline
 from cdpo_core.artifacts import files_digest, folder_files
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.evaluation.sampling import sample_responses
@@ -31,26 +32,6 @@ CONFIG = ExperimentConfig.model_validate(
         "dpo": {"steps": 20, "prompts_per_step": 4, "responses_per_prompt": 4, "learning_rate": 5e-3},
     }
 )
-SFT_FIELDS = (
-    *("seed", "policy.template", "policy.max_prompt_tokens", "policy.max_response_tokens"),
-    *("policy.dtype", "policy.trust_remote_code", "policy.hidden_size", "policy.layers", "policy.heads"),
-    *("policy.vocabulary_size", "sft.train", "sft.steps", "sft.batch", "sft.learning_rate"),
-)
-SCORER_FIELDS = (
-    *("seed", "policy.max_prompt_tokens", "policy.max_response_tokens", "policy.trust_remote_code"),
-    *("reward.epochs", "reward.batch", "reward.learning_rate"),
-)
-ROUND_FIELDS = (
-    *("seed", "policy.lora_rank", "policy.trust_remote_code", "dpo.beta", "dpo.labels", "dpo.anchor", "dpo.steps"),
-    *(
-        "dpo.prompts_per_step",
-        "dpo.responses_per_prompt",
-        "dpo.focus",
-        "dpo.learning_rate",
-        "dpo.adam_beta2",
-        "dpo.averaging",
-    ),
-)
 
 
 class Killed(Exception):
@@ -67,15 +48,17 @@ def changed(**sections: dict[str, object]) -> ExperimentConfig:
 
 def sft_slice(config: ExperimentConfig = CONFIG) -> Slice:
     base = "scratch" if config.policy.base == "scratch" else "loaded"
-    return pick(config, SFT_FIELDS, base=base)
+    return pick(config, pipeline.SFT.fields, base=base)
 
 
 def scorer_slice(config: ExperimentConfig = CONFIG, **extra: object) -> Slice:
-    return pick(config, SCORER_FIELDS, **{"base": "sft", "train": True, "sign": "harmful", "heads": HEADS, **extra})
+    return pick(
+        config, pipeline.SCORERS.fields, **{"base": "sft", "train": True, "sign": "harmful", "heads": HEADS, **extra}
+    )
 
 
 def round_slice(config: ExperimentConfig = CONFIG, lambda_: tuple[float, ...] = (0.5,)) -> Slice:
-    return pick(config, ROUND_FIELDS, lambda_=list(lambda_), names=["harm"])
+    return pick(config, pipeline.ROUND.fields, lambda_=list(lambda_), names=["harm"])
 
 
 def digest(folder: Path) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cdpo_core.errors import TrainingError
 from cdpo_core.learning.batches import TOGETHER, Epochs, cut_into_passes, neighbours_order
-from cdpo_core.learning.loop import Schedule, fit
+from cdpo_core.learning.loop import MUON_RATE, Schedule, fit
 from cdpo_core.randomness import torch_stream
 from cdpo_core.stages import Runtime
 
@@ -156,3 +156,62 @@ def test_neighbours_share_a_prompt_and_nothing_is_lost() -> None:
 )
 def test_passes_by_tokens_or_by_rows(rows: int, tokens: int, micro_batch: int, expected: list[list[int]]) -> None:
     assert cut_into_passes([5, 9, 8, 4], rows, tokens, micro_batch) == expected
+
+
+def layered() -> nn.Module:
+    """Embedding, two numbered layers, an adapter in one of them, a head."""
+    module = nn.Module()
+    module.embedding = nn.Embedding(3, 4)
+    module.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    module.layers[1].lora_A = nn.Linear(4, 2, bias=False)
+    module.head = nn.Linear(4, 1)
+    for index, value in enumerate(module.parameters()):
+        nn.init.normal_(value, std=0.5, generator=torch_stream(0, "start", index))
+    return module
+
+
+def layered_losses(module: nn.Module):
+    """Squared error to 1, -1 and 0 for the three tokens."""
+
+    def losses_at(step: int) -> Iterator[dict[str, Tensor]]:
+        token = torch.randint(3, (8,), generator=torch_stream(0, "tokens", step))
+        hidden = module.layers[0](module.embedding(token)).tanh()
+        hidden = module.layers[1](hidden) + module.layers[1].lora_A(hidden).sum(1, keepdim=True)
+        yield {"loss": (module.head(hidden)[:, 0] - torch.tensor([1.0, -1.0, 0.0])[token]).square().mean()}
+
+    return losses_at
+
+
+MUON = Schedule(steps=40, learning_rate=0.01, averaging=0.9, muon=True)
+
+
+def test_muon_trains_the_matrices_of_the_layers_and_adamw_the_rest() -> None:
+    start, adamw, muon = layered(), layered(), layered()
+    once = Schedule(steps=1, learning_rate=0.01, muon=True)
+    fit(adamw, layered_losses(adamw), Schedule(steps=1, learning_rate=0.01), Runtime(), "test")
+    fit(muon, layered_losses(muon), once, Runtime(), "test")
+    others = dict(adamw.named_parameters())
+    differ = {name for name, value in muon.named_parameters() if not torch.equal(value, others[name])}
+    assert differ == {"layers.0.weight", "layers.1.weight"}
+    # An orthogonalised step moves all directions of a gradient, of which three tokens give three, about equally.
+    moved = muon.layers[0].weight.detach() - start.layers[0].weight.detach()
+    sizes = torch.linalg.svdvals(moved)[:3] / (0.2 * 4**0.5 * MUON_RATE * once.rate(0))
+    assert sizes.min() > 0.5
+    assert sizes.max() < 1.5
+
+
+def test_muon_minimises() -> None:
+    module = layered()
+    records = fit(module, layered_losses(module), Schedule(200, 0.01, muon=True), Runtime(), "test")
+    assert records[-1]["loss"] < 1e-2 < records[0]["loss"]
+
+
+@pytest.mark.parametrize("stop", [1, 7, 39])
+def test_muon_stopped_continues_to_the_same_bytes(stop: int, tmp_path: Path) -> None:
+    straight, halted, again = layered(), layered(), layered()
+    expected = fit(straight, layered_losses(straight), MUON, Runtime(), "test")
+    with pytest.raises(Killed):
+        fit(halted, layered_losses(halted), MUON, killed_at(stop, tmp_path), "test")
+    assert fit(again, layered_losses(again), MUON, Runtime(scratch=tmp_path), "test") == expected
+    for one, other in zip(straight.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -39,7 +39,7 @@ def train_round(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: R
     Args:
         config: seed, lambda_ (one multiplier for each of `names`), names (the constraints'),
             policy.{lora_rank, trust_remote_code}, dpo.{beta, labels, anchor, steps,
-            prompts_per_step, responses_per_prompt, learning_rate, adam_beta2, averaging}.
+            prompts_per_step, responses_per_prompt, learning_rate, optimizer, adam_beta2, averaging}.
         inputs: reference (policy), data (prompts), responses and scores of the reference's
             samples, splits; previous (policy) to start from it instead of from the reference.
         out: gets the policy's Hugging Face folder with policy.json, and training.json.
@@ -65,6 +65,7 @@ def train_round(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: R
         config.dpo.steps,
         config.dpo.learning_rate,
         adam_beta2=config.dpo.adam_beta2,
+        muon=config.dpo.optimizer == "muon",
         averaging=config.dpo.averaging,
     )
     records = fit(policy.model, round_.losses_at, schedule, runtime, "dpo")

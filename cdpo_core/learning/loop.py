@@ -1,4 +1,4 @@
-"""One training loop: AdamW, warm-up and cosine, clipping, weight averaging, and exact continuation.
+"""One training loop: AdamW or Muon, warm-up and cosine, clipping, weight averaging, and exact continuation.
 
 The batch of a step is a function of the step alone, so a run that continues from a checkpoint computes
 the same bytes as one that was never stopped (same device, same number of threads).
@@ -10,7 +10,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Metrics = Mapping[str, Tensor]
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
+# Muon's steps are scaled to the size of AdamW's, whatever the width; being better conditioned, they may be larger.
+MUON_RATE = 2.0
 # A run writes about this many records and checkpoints, and reports its progress about as often times five.
 RECORDS, REPORTS = 20, 100
 
@@ -42,6 +45,8 @@ class Schedule:
         adam_beta2: Adam's second-moment decay.
         averaging: decay of the running average of the weights that is returned; 0 returns the last.
         max_norm: gradients are clipped to this norm.
+        muon: whether the matrices within the layers are trained by Muon (arXiv:2502.16982) instead of AdamW, at
+            MUON_RATE times the learning rate.
     """
 
     steps: int
@@ -50,6 +55,7 @@ class Schedule:
     adam_beta2: float = 0.99
     averaging: float = 0.0
     max_norm: float = 1.0
+    muon: bool = False
 
     def rate(self, step: int) -> float:
         """The learning rate of a step counted from 0; it is never 0 within the run."""
@@ -86,16 +92,14 @@ def fit(
     """
     parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     values = list(parameters.values())
-    optimizer = torch.optim.AdamW(
-        values, lr=schedule.learning_rate, betas=(0.9, schedule.adam_beta2), weight_decay=0.0, fused=True
-    )
+    optimizers = _optimizers(parameters, schedule)
     averages = [value.detach().clone() for value in values] if schedule.averaging else []
-    checkpoint = Checkpoint(runtime.scratch, parameters, optimizer, averages)
+    checkpoint = Checkpoint(runtime.scratch, parameters, optimizers, averages)
     start, records = checkpoint.load()
     window: dict[str, float] = {}
     record_every, report_every = -(-schedule.steps // RECORDS), -(-schedule.steps // REPORTS)
     for step in range(start, schedule.steps):
-        for name, value in _train_step(losses_at(step), values, optimizer, schedule, step, stage).items():
+        for name, value in _train_step(losses_at(step), values, optimizers, schedule, step, stage).items():
             window[name] = window.get(name, 0.0) + value
         if averages:
             decay = min(schedule.averaging, (1 + step) / (10 + step))
@@ -114,16 +118,36 @@ def fit(
     return records
 
 
+def _optimizers(parameters: Mapping[str, nn.Parameter], schedule: Schedule) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters, or Muon for the layers' matrices and AdamW for the others."""
+    matrices = {name for name, value in parameters.items() if schedule.muon and _is_layer_matrix(name, value)}
+    others = [value for name, value in parameters.items() if name not in matrices]
+    rate, betas = schedule.learning_rate, (0.9, schedule.adam_beta2)
+    optimizers: list[torch.optim.Optimizer] = []
+    if others:
+        optimizers.append(torch.optim.AdamW(others, lr=rate, betas=betas, weight_decay=0.0, fused=True))
+    if matrices:
+        chosen = [parameters[name] for name in sorted(matrices)]
+        optimizers.append(torch.optim.Muon(chosen, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def _is_layer_matrix(name: str, value: Tensor) -> bool:
+    """A matrix of a numbered layer; embeddings and heads are none, and adapters are left to AdamW."""
+    return value.ndim == 2 and bool(re.search(r"\.\d+\.", name)) and "lora_" not in name
+
+
 def _train_step(
     losses: Iterable[Metrics],
     values: list[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     schedule: Schedule,
     step: int,
     stage: str,
 ) -> dict[str, float]:
     """One optimizer step on the sum of the micro-batches' losses; returns the summed scalars."""
-    optimizer.zero_grad(set_to_none=True)
+    for parameter in values:
+        parameter.grad = None
     sums: dict[str, float] = {}
     for metrics in losses:
         metrics["loss"].backward()
@@ -137,15 +161,17 @@ def _train_step(
             where=f"{stage}, step {step + 1}",
             fix="lower its learning rate; if that does not help, check the data for extreme texts",
         )
-    for group in optimizer.param_groups:
-        group["lr"] = schedule.rate(step)
-    optimizer.step()
+    for optimizer in optimizers:
+        rate = schedule.rate(step) * (MUON_RATE if isinstance(optimizer, torch.optim.Muon) else 1)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
     return sums
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights, both moments, averages, step and records in one file, replaced as a whole.
+    """Weights, moments, averages, step and records in one file, replaced as a whole.
 
     The step and the records travel in the safetensors header, so that they cannot disagree with the
     tensors after a kill between two writes.
@@ -156,7 +182,7 @@ class Checkpoint:
 
     folder: Path | None
     parameters: Mapping[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
+    optimizers: Sequence[torch.optim.Optimizer]
     averages: list[Tensor]
 
     def save(self, step: int, records: list[dict[str, Any]]) -> None:
@@ -184,11 +210,10 @@ class Checkpoint:
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             log.warning("the checkpoint %s cannot be read (%s): the stage starts again", path, error)
             return 0, []
-        for parameter in self.parameters.values():
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(state["step"]), device=parameter.device),
-                **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
-            }
+        for _, weight, optimizer, moments in self._optimized():
+            optimizer.state[weight] = {moment: torch.zeros_like(weight) for moment in moments}
+            if isinstance(optimizer, torch.optim.AdamW):
+                optimizer.state[weight]["step"] = torch.tensor(float(state["step"]), device=weight.device)
         with torch.no_grad():
             for name, tensor in self._tensors().items():
                 tensor.copy_(saved[name])
@@ -196,13 +221,21 @@ class Checkpoint:
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
-        for name, parameter in self.parameters.items():
+        for name, parameter, optimizer, moments in self._optimized():
             tensors[f"weight.{name}"] = parameter
-            for moment in MOMENTS:
-                tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
+            for moment in moments:
+                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
         for name, average in zip(self.parameters, self.averages, strict=False):
             tensors[f"average.{name}"] = average
         return tensors
+
+    def _optimized(self) -> Iterator[tuple[str, nn.Parameter, torch.optim.Optimizer, tuple[str, ...]]]:
+        """Each parameter's name, itself, the optimizer that trains it, and the names of its moments there."""
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    yield names[id(parameter)], parameter, optimizer, MOMENTS[type(optimizer)]
 
 
 def mixed_precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -63,7 +63,8 @@ def train_scorers(config: Slice, inputs: Mapping[str, Path], out: Path, runtime:
         config: seed, heads (list of {name, labels}; labels "" is "better", for the reward), base
             (`sft`, `scratch` or `loaded`), train, sign (`harmful`, or `safe` for a ready cost model
             whose larger scores are safer), policy.{max_prompt_tokens, max_response_tokens,
-            trust_remote_code}, reward.{epochs, batch, learning_rate}.
+            trust_remote_code}, reward.{epochs, batch, learning_rate,
+            optimizer}.
         inputs: data (prompts, preferences, summary.json), sft (policy), base (model folder) when
             base is `loaded`.
         out: gets the scorer's folder, training.json and report.json: for each head the accuracy on
@@ -202,7 +203,8 @@ def _fit(
 
     steps = -(-config.reward.epochs * len(pairs) // batch)
     scorer.requires_grad_(True)
-    return fit(scorer, losses_at, Schedule(steps, config.reward.learning_rate), runtime, "scorers")
+    schedule = Schedule(steps, config.reward.learning_rate, muon=config.reward.optimizer == "muon")
+    return fit(scorer, losses_at, schedule, runtime, "scorers")
 
 
 def _longest(texts: Sequence[EncodedText]) -> int:
