@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import cache
 from threading import Thread
@@ -107,25 +108,39 @@ def check_answers(uri: str) -> None:
     Raises:
         StoreUnavailable: it does not answer within 30 seconds, or there are no credentials.
     """
+    try:
+        in_time(lambda: connect(patient=False).head_bucket(Bucket=urlsplit(uri).netloc), uri)
+    except TRANSPORT_ERRORS as error:
+        if may_pass(error) or not isinstance(error, boto_errors.ClientError):
+            raise unavailable(error, uri) from error
+
+
+def in_time(ask: Callable[[], object], uri: str) -> None:
+    """Ask a store's server something, for at most ANSWER_SECONDS.
+
+    Args:
+        ask: the question; what it raises is raised here.
+        uri: the store, for the message.
+
+    Raises:
+        StoreUnavailable: no answer in time.
+    """
     answer: Future[None] = Future()
 
-    def ask() -> None:
+    def attempt() -> None:
         try:
-            connect(patient=False).head_bucket(Bucket=urlsplit(uri).netloc)
+            ask()
             answer.set_result(None)
         except Exception as error:
             answer.set_exception(error)
 
     # A thread, because the look-up of a host name or of credentials knows no time limit.
-    Thread(target=ask, daemon=True).start()
+    Thread(target=attempt, daemon=True).start()
     try:
         answer.result(ANSWER_SECONDS)
     except TimeoutError as error:
         what = f"the S3 server did not answer within {ANSWER_SECONDS:g} s"
         raise StoreUnavailable(what, where=uri, fix="check AWS_ENDPOINT_URL, the server and the network") from error
-    except TRANSPORT_ERRORS as error:
-        if may_pass(error) or not isinstance(error, boto_errors.ClientError):
-            raise unavailable(error, uri) from error
 
 
 @cache

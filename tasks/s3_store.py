@@ -12,12 +12,11 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from threading import Thread
 from typing import Any, TypeVar
 
 from botocore.exceptions import ClientError
@@ -30,6 +29,7 @@ from tasks.s3_connection import (
     S3Client,
     connect,
     error_code,
+    in_time,
     may_pass,
     transfer_settings,
     unavailable,
@@ -41,7 +41,6 @@ T = TypeVar("T")
 
 OUTAGE_SECONDS = 180.0
 """How long a running experiment waits for a store that stopped answering."""
-PROBE_SECONDS = 25.0
 PARALLEL = 8
 
 _MISSING = {"404", "NoSuchKey", "NotFound"}
@@ -138,25 +137,7 @@ class S3Store:
         """
         with self._cache_errors(), self._cache.temporary() as file:
             file.touch()
-        outcome: Future[None] = Future()
-
-        def attempt() -> None:
-            try:
-                self._try_writing()
-                outcome.set_result(None)
-            except Exception as error:
-                outcome.set_exception(error)
-
-        # A thread, because the look-up of a host name or of credentials knows no time limit.
-        Thread(target=attempt, daemon=True).start()
-        try:
-            outcome.result(PROBE_SECONDS)
-        except TimeoutError as error:
-            raise StoreUnavailable(
-                f"the S3 server did not answer within {PROBE_SECONDS:g} s",
-                where=self.uri,
-                fix="check AWS_ENDPOINT_URL, the server and the network",
-            ) from error
+        in_time(self._try_writing, self.uri)
 
     def _try_writing(self) -> None:
         address = self._address(f"probe/{uuid.uuid4().hex}")

@@ -97,7 +97,7 @@ def test_a_server_that_never_answers_is_not_read_from(s3_uri: str, monkeypatch: 
 
 
 def test_a_server_that_never_answers_is_given_up(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3_store, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(s3_connection, "ANSWER_SECONDS", 0.2)
     monkeypatch.setattr(s3_store.S3Store, "_try_writing", lambda self: Barrier(2).wait(5))
     with pytest.raises(StoreUnavailable, match="did not answer"):
         open_store(s3_uri).probe()
