@@ -57,6 +57,7 @@ class Manifest(BaseModel):
     code: str = ""
     created: str = Field("", description="UTC, ISO 8601")
     seconds: float = 0.0
+    cpu_seconds: float = Field(0.0, description="Processor time of the whole process meanwhile, all threads.")
     host: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
 

@@ -118,15 +118,17 @@ class DpoConfig(Section):
 
     beta: float = Field(1.0, gt=0, description="Strength of the pull to the reference (units of reward per nat of KL).", json_schema_extra={"position": 0})
     labels: Literal["soft", "sampled", "hard"] = Field("soft", description="`sampled` is the paper's draw, `soft` its expectation, `hard` the arg max.", json_schema_extra={"position": 1})
-    anchor: float = Field(0.1, ge=0, description="Weight of the importance-weighted likelihood of the reference samples.", json_schema_extra={"position": 2})
-    steps: int = Field(400, ge=1, description="Optimizer steps a round.", json_schema_extra={"position": 3})
-    prompts_per_step: int = Field(16, ge=1, description="Prompts a step.", json_schema_extra={"position": 4})
-    responses_per_prompt: int = Field(16, ge=2, description="Responses of each prompt a step; all their pairs are trained on.", json_schema_extra={"position": 5})
-    focus: float = Field(0.7, ge=0, lt=1, description="Share of a step's responses drawn by their weight under the policy sought instead of evenly.", json_schema_extra={"position": 6})
-    learning_rate: float = Field(6e-3, gt=0, description="Peak learning rate (cosine to 0).", json_schema_extra={"position": 7})
-    optimizer: Literal["muon", "adamw"] = Field("muon", description="`muon` for the layers' matrices, with AdamW for the rest (adapters too), learns in fewer steps; `adamw` for all.", json_schema_extra={"position": 8})
-    adam_beta2: float = Field(0.99, gt=0, lt=1, description="Adam's second-moment decay.", json_schema_extra={"position": 9})
-    averaging: float = Field(0.98, ge=0, lt=1, description="Decay of the running average of the weights that is returned; 0 returns the last weights.", json_schema_extra={"position": 10})
+    anchor: float = Field(0.1, ge=0, description="Weight of the importance-weighted likelihood of the reference samples, at the first step.", json_schema_extra={"position": 2})
+    anchor_end: float = Field(0.05, ge=0, le=1, description="Share of that weight left at the last step (half cosine); it holds mass early, and late its bias would cost more.", json_schema_extra={"position": 3})
+    steps: int = Field(900, ge=1, description="Optimizer steps a round.", json_schema_extra={"position": 4})
+    prompts_per_step: int = Field(16, ge=1, description="Prompts a step.", json_schema_extra={"position": 5})
+    responses_per_prompt: int = Field(16, ge=2, description="Responses of each prompt a step; all their pairs are trained on.", json_schema_extra={"position": 6})
+    focus: float = Field(0.7, ge=0, lt=1, description="Share of a step's responses drawn by their weight under the policy sought instead of evenly.", json_schema_extra={"position": 7})
+    learning_rate: float = Field(6e-3, gt=0, description="Peak learning rate (cosine to 0).", json_schema_extra={"position": 8})
+    optimizer: Literal["muon", "adamw"] = Field("muon", description="`muon` for the layers' matrices, with AdamW for the rest (adapters too), learns in fewer steps; `adamw` for all.", json_schema_extra={"position": 9})
+    adam_beta2: float = Field(0.99, gt=0, lt=1, description="Adam's second-moment decay.", json_schema_extra={"position": 10})
+    averaging: float = Field(0.98, ge=0, lt=1, description="Decay of the running average of the weights that is returned; 0 returns the last weights.", json_schema_extra={"position": 11})
+    pairs: Literal["samples", "dataset"] = Field("samples", description="`samples` trains on the reference's own responses to the policy prompts; `dataset` on the preferences' response pairs, as the paper does (responses_per_prompt must be 2).", json_schema_extra={"position": 12})
 
 
 class DualConfig(Section):
@@ -229,6 +231,8 @@ class ExperimentConfig(Section):
             raise ValueError("policy.template: must hold {prompt} exactly once, or be `chat`")
         if self.policy.base == "scratch" and self.policy.hidden_size % (2 * self.policy.heads):
             raise ValueError("policy.hidden_size: must be a multiple of twice policy.heads")
+        if self.dpo.pairs == "dataset" and self.dpo.responses_per_prompt != 2:
+            raise ValueError("dpo.responses_per_prompt: must be 2 with dpo.pairs = dataset, whose groups are pairs")
         if self.dpo.responses_per_prompt > self.sampling.reference:
             raise ValueError("dpo.responses_per_prompt: must not exceed sampling.reference")
         return self

@@ -48,6 +48,26 @@ def load_config(source: str, overrides: Mapping[str, Any] | None = None) -> Expe
         raise describe_problems(error, where, lines, given) from None
 
 
+def overridden(config: ExperimentConfig, values: Mapping[str, Any], where: str) -> ExperimentConfig:
+    """The config with values put over it by dotted path, validated anew.
+
+    Args:
+        config: stays as it is.
+        values: by dotted path (`dpo.steps`).
+        where: what errors call the source of the values.
+
+    Raises:
+        InputError: a field that does not exist, or a value that is not allowed.
+    """
+    whole = config.model_dump(mode="json")
+    for path, value in values.items():
+        _put(whole, path, value)
+    try:
+        return ExperimentConfig.model_validate(whole)
+    except ValidationError as error:
+        raise describe_problems(error, where, {}, dict(values)) from None
+
+
 def dump_config(config: ExperimentConfig) -> str:
     """The whole config as YAML that `load_config` reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

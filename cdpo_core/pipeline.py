@@ -77,6 +77,12 @@ RESPONSES = Stage(
     _core("cdpo_core.evaluation.sampling:sample_responses"),
     ("seed", "policy.max_response_tokens", "policy.trust_remote_code", "sampling.temperature"),
 )
+DATASET_RESPONSES = Stage(
+    "dataset-responses",
+    "responses",
+    _core("cdpo_core.learning.dataset_pairs:dataset_responses"),
+    ("policy.max_prompt_tokens", "policy.max_response_tokens", "policy.trust_remote_code"),
+)
 SCORERS = Stage(
     "scorers",
     "scorers",
@@ -105,6 +111,7 @@ ROUND = Stage(
         "dpo.beta",
         "dpo.labels",
         "dpo.anchor",
+        "dpo.anchor_end",
         "dpo.steps",
         "dpo.prompts_per_step",
         "dpo.responses_per_prompt",
@@ -113,6 +120,7 @@ ROUND = Stage(
         "dpo.optimizer",
         "dpo.adam_beta2",
         "dpo.averaging",
+        "dpo.pairs",
     ),
 )
 ENUMERATION = Stage(
@@ -120,6 +128,11 @@ ENUMERATION = Stage(
     "enumeration",
     _core("cdpo_core.testbed.judge:enumerate_reference"),
     ("evaluation.judged_prompts",),
+)
+POLICY_ENUMERATION = Stage(
+    "policy-enumeration",
+    "enumeration",
+    _core("cdpo_core.testbed.judge:enumerate_policy"),
 )
 JUDGEMENT = Stage(
     "judgement",

@@ -236,7 +236,7 @@ def _compute(
     paths = {name: resolve(ref, store) for name, ref in inputs.items()}
     shutil.rmtree(out, ignore_errors=True)  # what a killed process left
     out.mkdir()
-    started = time.monotonic()
+    started, cpu_started = time.monotonic(), time.process_time()
     try:
         runtime.progress(stage.name, 0, 1)
         stage.compute(slice_, paths, out, runtime)
@@ -254,6 +254,7 @@ def _compute(
                 code=code_version(stage.compute.__module__),
                 created=datetime.now(UTC).isoformat(timespec="milliseconds"),
                 seconds=round(time.monotonic() - started, 3),
+                cpu_seconds=round(time.process_time() - cpu_started, 3),
                 host=platform.node(),
                 versions=library_versions(),
             ),

@@ -187,7 +187,48 @@ def sweep(
     return DONE if all(result["chosen"] for result in results) else NOT_CERTIFIED
 
 
-@app.command(name="check-data", sort_key=4, help_epilogue=FIELDS)
+@app.command(sort_key=4, help_epilogue=FIELDS)
+def compare(
+    config: Config,
+    /,
+    *,
+    limits: Annotated[
+        str, Parameter(help="Limits: numbers, or on the testbed names.", allow_leading_hyphen=True, metavar="A,B,C")
+    ] = "loose,middle,tight",
+    seeds: Annotated[str, Parameter(help="Worlds and random streams, one comparison each.", metavar="N,N,N")] = "0",
+    methods: Annotated[str, Parameter(help="Methods, all if not given: ours,safe_rlhf,…", metavar="NAME,…")] = "",
+    store: StoreUri = None,
+    name: Name = None,
+    json: Json = None,
+    overrides: Overrides = None,
+) -> int:
+    """Run this method beside its rivals, each with its best settings.
+
+    On the same prepared artifacts, limits and seeds; the result is a table and a figure of reward over cost.
+    """
+    from cdpo_core.methods import load_methods
+    from flows.grid import entries, parse_seeds
+
+    experiment = _load(config, {**(overrides or {}), **_shortcuts(None, None, store, name)}, json)
+    numbers = parse_seeds(seeds)
+    chosen = [method.name for method in load_methods(entries(methods, "--methods") if methods else [])]
+    with showing_progress() as progress:
+        progress("checks", 0, 1)
+        _quiet("compare")
+        from flows.closing_report import print_comparison
+        from flows.compare import run_compare
+        from flows.preflight import check_before_run
+
+        check_before_run(experiment)
+        progress("checks", 1, 1)
+        result = run_compare(experiment, entries(limits, "--limits"), numbers, chosen, progress=progress)
+    if json is not None:
+        write_json(json, result)
+    print_comparison(result, _stdout())
+    return DONE
+
+
+@app.command(name="check-data", sort_key=5, help_epilogue=FIELDS)
 def check_data(
     file: Annotated[str, Parameter(help="File, folder or hub id.")], /, *, overrides: Overrides = None
 ) -> int:
@@ -200,7 +241,7 @@ def check_data(
     return DONE
 
 
-@app.command(sort_key=5, help_epilogue="")
+@app.command(sort_key=6, help_epilogue="")
 def export(
     ref: Annotated[str, Parameter(help="The policy's reference, as `cdpo run` prints it.")],
     folder: Annotated[Path, Parameter(name="DIR", help="Folder to make.")],
@@ -217,7 +258,7 @@ def export(
     return DONE
 
 
-@app.command(sort_key=6, help_epilogue="")
+@app.command(sort_key=7, help_epilogue="")
 def sample(
     policy: Annotated[str, Parameter(help="A policy's reference, or a Hugging Face folder or hub id.")],
     *prompts: Annotated[str, Parameter(help="Prompts to answer.")],
@@ -244,7 +285,7 @@ def sample(
     return DONE
 
 
-@app.command(sort_key=7, help_epilogue="")
+@app.command(sort_key=8, help_epilogue="")
 def up(
     *,
     prefect_port: Annotated[int, Parameter(help="Port of the Prefect server.", metavar="PORT")] = 4200,
@@ -259,7 +300,7 @@ def up(
     return serve(prefect_port, mlflow_port)
 
 
-@app.command(sort_key=8, help_epilogue="")
+@app.command(sort_key=9, help_epilogue="")
 def doctor(
     config: Annotated[str, Parameter(help="YAML file or preset.")] = "testbed", *, overrides: Overrides = None
 ) -> int:

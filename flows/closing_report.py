@@ -55,6 +55,27 @@ def print_sweep(result: Record, console: Console) -> None:
     _print(console, *_tracking(result), *_report(result))
 
 
+def print_comparison(result: Record, console: Console) -> None:
+    """The table of a comparison, one block a limit, and where its files are."""
+    for limit in dict.fromkeys(row["limit_name"] for row in result["table"]):
+        rows = [row for row in result["table"] if row["limit_name"] == limit]
+        heads = ("kept", "reward", "behind ours", "cost", "captured", "CPU s")
+        table = _table(f"limit {limit} ({rows[0]['limit']:.2f})", "method", *heads)
+        for row in rows:
+            table.add_row(
+                row["title"],
+                f"{row['kept']}/{row['seeds']}",
+                _mean(row["reward"]),
+                _mean(row["ahead"]),
+                _mean(row["cost"]),
+                _mean(row["captured"]),
+                f"{row['compute']['cpu_seconds']:.0f}",
+            )
+        console.print()
+        console.print(table)
+    _print(console, *_tracking(result), *_report(result))
+
+
 def _methods(result: Record) -> Table:
     constraint = result["constraints"][0]
     cost = "cost [95 %]" if len(result["constraints"]) == 1 else f"{constraint['name']} [95 %]"

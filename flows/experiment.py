@@ -10,35 +10,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from prefect import flow
 from prefect.states import Completed, State
-from pydantic import Field
 
-from cdpo_core.config import (
-    CertificateConfig,
-    ComputeConfig,
-    ConstraintConfig,
-    DataConfig,
-    DpoConfig,
-    DualConfig,
-    EvaluationConfig,
-    ExperimentConfig,
-    PolicyConfig,
-    RewardConfig,
-    SamplingConfig,
-    SftConfig,
-    StoreConfig,
-    TestbedConfig,
-    TrackingConfig,
-)
+from cdpo_core.config import ExperimentConfig
 from cdpo_core.stages import Progress
 from flows.align import Alignment, align
 from flows.evaluate import Evaluation, evaluate
 from flows.preference_models import preference_models
 from flows.preflight import check_before_run
 from flows.prepare import prepare
+from flows.sections import takes_sections
 from tasks.journal import Journal, announce
 from tasks.preference_models import scorer_reports
 from tasks.records import Prepared, Scored
@@ -47,55 +31,12 @@ from tasks.result import Outcome, experiment_result
 from tasks.workbench import Workbench, open_workbench, outcome, report_progress_to
 
 STATE_NAMES = {"certified": "Certified", "not_certified": "NotCertified", "infeasible": "Infeasible"}
-DEFAULT = ExperimentConfig()
-# The rules that Prefect's server checks before anything starts; those within a section are the section's own. The
-# form's descriptions come from the flow's docstring.
-Name = Annotated[str, Field(min_length=1, max_length=100)]
-Seed = Annotated[int, Field(ge=0)]
-Constraints = Annotated[list[ConstraintConfig], Field(min_length=1)]
 
 
 @flow(name="experiment", flow_run_name="{name}", persist_result=False)
-def experiment(
-    name: Name = DEFAULT.name,
-    seed: Seed = DEFAULT.seed,
-    data: DataConfig = DEFAULT.data,
-    testbed: TestbedConfig = DEFAULT.testbed,
-    policy: PolicyConfig = DEFAULT.policy,
-    sft: SftConfig = DEFAULT.sft,
-    reward: RewardConfig = DEFAULT.reward,
-    constraints: Constraints = DEFAULT.constraints,
-    dpo: DpoConfig = DEFAULT.dpo,
-    dual: DualConfig = DEFAULT.dual,
-    sampling: SamplingConfig = DEFAULT.sampling,
-    certificate: CertificateConfig = DEFAULT.certificate,
-    evaluation: EvaluationConfig = DEFAULT.evaluation,
-    store: StoreConfig = DEFAULT.store,
-    tracking: TrackingConfig = DEFAULT.tracking,
-    compute: ComputeConfig = DEFAULT.compute,
-) -> State[dict[str, Any]]:
-    """A policy as helpful as the limit on harm allows, with evidence that it keeps the limit.
-
-    Args:
-        name: shown in the UIs.
-        seed: of every random stream.
-        data: the preferences, and how their prompts are split.
-        testbed: the oracle world, used when data.source is `testbed`.
-        policy: the language model that is aligned.
-        sft: fine-tuning that makes the reference policy.
-        reward: the model of what is better.
-        constraints: the limits on harm, each with its cost model.
-        dpo: one round of training.
-        dual: how lambda moves from round to round.
-        sampling: how many responses are drawn for each prompt.
-        certificate: the test the returned policy must pass.
-        evaluation: what is measured besides.
-        store: where artifacts are kept.
-        tracking: MLflow.
-        compute: the machine; changes no result but by rounding.
-    """
-    # The parameters, which at this line are all there is, are the config's sections.
-    config = ExperimentConfig(**locals())
+@takes_sections
+def experiment(config: ExperimentConfig) -> State[dict[str, Any]]:
+    """A policy as helpful as the limit on harm allows, with evidence that it keeps the limit."""
     bench = open_workbench(config)
     announce(bench)
     check_before_run(config)

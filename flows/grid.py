@@ -18,7 +18,7 @@ def parse_limits(text: str) -> list[float]:
         InputError: an entry is not a finite number, or is given twice.
     """
     limits = []
-    for entry in _entries(text, "--limits"):
+    for entry in entries(text, "--limits"):
         try:
             limits.append(float(entry))
         except ValueError:
@@ -30,6 +30,19 @@ def parse_limits(text: str) -> list[float]:
     if len(set(limits)) < len(limits):
         raise InputError("a limit is given twice", where=f"--limits {text}", fix="give each limit once")
     return limits
+
+
+def parse_seeds(text: str) -> list[int]:
+    """The whole numbers of a comma-separated list of seeds.
+
+    Raises:
+        InputError: an entry is no whole number of at least 0, or is given twice.
+    """
+    found = entries(text, "--seeds")
+    wrong = [entry for entry in found if not entry.isdecimal()]
+    if wrong:
+        raise InputError(f"{wrong[0]!r} is no seed", where="--seeds", fix="for example --seeds 0,1,2")
+    return [int(entry) for entry in found]
 
 
 def grid(seeds: str = "", settings: Sequence[str] = ()) -> list[dict[str, str]]:
@@ -44,14 +57,14 @@ def grid(seeds: str = "", settings: Sequence[str] = ()) -> list[dict[str, str]]:
     """
     axes: dict[str, list[str]] = {}
     if seeds:
-        axes["seed"] = _entries(seeds, "--seeds")
+        axes["seed"] = entries(seeds, "--seeds")
     for setting in settings:
         path, equals, values = setting.partition("=")
         if not (path and equals and values):
             raise InputError(f"{setting!r} is no setting", where="--set", fix="for example --set dpo.beta=0.25,0.5")
         if path in axes:
             raise InputError(f"{path} is varied twice", where="--set", fix="give all its values at once")
-        axes[path] = _entries(values, f"--set {path}")
+        axes[path] = entries(values, f"--set {path}")
     if math.prod(map(len, axes.values())) > MOST_COMBINATIONS:
         raise InputError(
             f"these settings have {math.prod(map(len, axes.values()))} combinations",
@@ -61,10 +74,15 @@ def grid(seeds: str = "", settings: Sequence[str] = ()) -> list[dict[str, str]]:
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
-def _entries(text: str, option: str) -> list[str]:
-    entries = [entry.strip() for entry in text.split(",")]
-    if not all(entries):
+def entries(text: str, option: str) -> list[str]:
+    """The entries of a comma-separated list.
+
+    Raises:
+        InputError: an entry is empty or given twice.
+    """
+    found = [entry.strip() for entry in text.split(",")]
+    if not all(found):
         raise InputError("an entry is empty", where=f"{option} {text}", fix="separate values by single commas")
-    if len(set(entries)) < len(entries):
+    if len(set(found)) < len(found):
         raise InputError("a value is given twice", where=f"{option} {text}", fix="give each value once")
-    return entries
+    return found

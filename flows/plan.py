@@ -87,7 +87,7 @@ def _what_follows(bench: PlanBench) -> tuple[str, ...]:
     """The parts of the DAG that the walk did not reach."""
     labels = {done.label for done in bench.results}
     judged = bench.config.on_testbed and bench.config.evaluation.judge == "auto"
-    final = (*FINAL_STAGES, "exact judge") if judged else FINAL_STAGES
+    final = (*FINAL_STAGES, "exact policy", "exact judge") if judged else FINAL_STAGES
     return final if any(label.startswith("policy at") for label in labels) else (*ROUND_STAGES, *final)
 
 
@@ -95,7 +95,12 @@ def _seconds_by_stage(bench: PlanBench) -> dict[str, float]:
     """What stages of the same kind took before, in any experiment of this store: the latest of each."""
     took = {item.stage: item.seconds for item in sorted(bench.store.manifests(), key=lambda item: item.created)}
     kinds = {"reference policy": "sft", "splits": "splits", "data": "data", "exact reference": "enumeration"}
-    kinds |= {"exact judge": "judgement", ROUND_STAGES[0]: "round", "policy at λ = 0": "round"}
+    kinds |= {
+        "exact policy": "policy-enumeration",
+        "exact judge": "judgement",
+        ROUND_STAGES[0]: "round",
+        "policy at λ = 0": "round",
+    }
     kinds |= {label: "scorers" for label in (done.label for done in bench.results) if label.endswith(" model")}
     kinds |= {done.label: "responses" for done in bench.results if done.label.endswith("responses")}
     kinds |= {done.label: "scores" for done in bench.results if done.label.endswith("scores")}

@@ -14,25 +14,11 @@ from prefect import flow
 from prefect.states import Completed, State
 from pydantic import Field
 
-from cdpo_core.config import (
-    CertificateConfig,
-    ComputeConfig,
-    DataConfig,
-    DpoConfig,
-    DualConfig,
-    EvaluationConfig,
-    ExperimentConfig,
-    PolicyConfig,
-    RewardConfig,
-    SamplingConfig,
-    SftConfig,
-    StoreConfig,
-    TestbedConfig,
-    TrackingConfig,
-)
+from cdpo_core.config import ExperimentConfig
 from cdpo_core.stages import Progress
-from flows.experiment import DEFAULT, Constraints, Name, Seed, experiment, make_prefect_home, sections
+from flows.experiment import experiment, make_prefect_home, sections
 from flows.preflight import check_before_run
+from flows.sections import takes_sections
 from tasks.frontier import SweepJournal, choose_for_sweep, exact_frontier, frontier_points
 from tasks.workbench import outcome, report_progress_to
 
@@ -40,48 +26,13 @@ Limits = Annotated[list[float], Field(min_length=1)]
 
 
 @flow(name="sweep", flow_run_name="{name}", persist_result=False)
-def sweep(
-    limits: Limits,
-    name: Name = DEFAULT.name,
-    seed: Seed = DEFAULT.seed,
-    data: DataConfig = DEFAULT.data,
-    testbed: TestbedConfig = DEFAULT.testbed,
-    policy: PolicyConfig = DEFAULT.policy,
-    sft: SftConfig = DEFAULT.sft,
-    reward: RewardConfig = DEFAULT.reward,
-    constraints: Constraints = DEFAULT.constraints,
-    dpo: DpoConfig = DEFAULT.dpo,
-    dual: DualConfig = DEFAULT.dual,
-    sampling: SamplingConfig = DEFAULT.sampling,
-    certificate: CertificateConfig = DEFAULT.certificate,
-    evaluation: EvaluationConfig = DEFAULT.evaluation,
-    store: StoreConfig = DEFAULT.store,
-    tracking: TrackingConfig = DEFAULT.tracking,
-    compute: ComputeConfig = DEFAULT.compute,
-) -> State[dict[str, Any]]:
+@takes_sections
+def sweep(config: ExperimentConfig, limits: Limits) -> State[dict[str, Any]]:
     """One experiment for each limit of the first constraint, and the frontier they draw.
 
     Args:
         limits: of the first constraint, one experiment each (cost units).
-        name: shown in the UIs.
-        seed: of every random stream.
-        data: the preferences, and how their prompts are split.
-        testbed: the oracle world, used when data.source is `testbed`.
-        policy: the language model that is aligned.
-        sft: fine-tuning that makes the reference policy.
-        reward: the model of what is better.
-        constraints: the limits on harm, each with its cost model.
-        dpo: one round of training.
-        dual: how lambda moves from round to round.
-        sampling: how many responses are drawn for each prompt.
-        certificate: the test the returned policy must pass.
-        evaluation: what is measured besides.
-        store: where artifacts are kept.
-        tracking: MLflow.
-        compute: the machine; changes no result but by rounding.
     """
-    # The parameters, which at this line are all there is, are the limits and the config's sections.
-    config = ExperimentConfig(**{key: value for key, value in locals().items() if key != "limits"})
     result = _conduct(config, sorted(set(limits)))
     certified = sum(child["status"] == "certified" for child in result["children"])
     return Completed(message=f"{certified} of {len(result['children'])} limits certified", data=result)

@@ -105,6 +105,19 @@ def exact_floor(bench: Workbench, prepared: Prepared) -> list[float]:
     return floor
 
 
+def limits_by_name(bench: Workbench, prepared: Prepared) -> dict[str, list[float]]:
+    """On the testbed: where its tight, middle and loose limits lie, one for each constraint of the config."""
+    from cdpo_core.testbed.limits import placed_limits
+    from cdpo_core.testbed.world import World
+
+    prompts = bench.table(prepared.data, "prompts")
+    world = World.load(bench.folder(prepared.data) / "world.json")
+    pool = prompts.loc[prompts["split"] == "pool", "prompt_id"].tolist()
+    placed = placed_limits(world, pool, bench.config.dpo.beta)
+    columns = [world.labels.index(item.labels) for item in bench.config.constraints]
+    return {name: [values[column] for column in columns] for name, values in placed.items()}
+
+
 def enumerate_reference(bench: Workbench, prepared: Prepared, scored: Scored) -> ArtifactRef:
     """On the testbed: the reference's exact probabilities and the learned scores over all responses."""
     inputs = {"data": prepared.data, "reference": prepared.reference, "splits": scored.splits}
@@ -118,13 +131,18 @@ def judge_policy(
     enumerated: ArtifactRef,
     policy: ArtifactRef,
     margins: Sequence[float],
-    label: str = "exact judge",
+    label: str = "",
 ) -> dict[str, Any]:
     """On the testbed: how much of what the exact optimum gains the policy captures (`oracle`)."""
     limits = [item.limit for item in bench.config.constraints]
-    inputs = {"data": prepared.data, "enumeration": enumerated, "policy": policy}
+    inputs = {"data": prepared.data, "enumeration": enumerated}
+    suffix = f" of {label}" if label else ""
+    found = bench.run(pipeline.POLICY_ENUMERATION, {**inputs, "policy": policy}, f"exact policy{suffix}")
     names = [{"name": item.name, "labels": item.labels} for item in bench.config.constraints]
     rounded = [round(margin, 6) for margin in margins]
-    ref = bench.run(pipeline.JUDGEMENT, inputs, label, limits=limits, margins=rounded, constraints=names)
+    inputs["policy"] = found
+    ref = bench.run(
+        pipeline.JUDGEMENT, inputs, f"exact judge{suffix}", limits=limits, margins=rounded, constraints=names
+    )
     judgement: dict[str, Any] = json.loads((bench.folder(ref) / "judge.json").read_text())
     return judgement

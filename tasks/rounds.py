@@ -22,19 +22,31 @@ def train_policy(
     scored: Scored,
     lambda_: Sequence[float],
     previous: ArtifactRef | None = None,
+    reward_weight: float = 1.0,
 ) -> ArtifactRef:
     """DPO on preferences re-decided at lambda, from the reference or from the previous round's policy."""
+    responses, scores = scored.responses, scored.scores
+    if bench.config.dpo.pairs == "dataset":
+        responses, scores = dataset_pairs(bench, prepared, scored)
     inputs = {
         "data": prepared.data,
         "reference": prepared.reference,
-        "responses": scored.responses,
-        "scores": scored.scores,
+        "responses": responses,
+        "scores": scores,
         "splits": scored.splits,
     }
     if previous is not None:
         inputs["previous"] = previous
     label = "policy at λ = " + ", ".join(f"{value:g}" for value in lambda_)
-    return bench.run(pipeline.ROUND, inputs, label, lambda_=list(lambda_), names=bench.names)
+    weight = {} if reward_weight == 1 else {"reward_weight": reward_weight}
+    return bench.run(pipeline.ROUND, inputs, label, lambda_=list(lambda_), names=bench.names, **weight)
+
+
+def dataset_pairs(bench: Workbench, prepared: Prepared, scored: Scored) -> tuple[ArtifactRef, ArtifactRef]:
+    """The data's own response pairs with their log-probs under the reference, and their scores."""
+    inputs = {"data": prepared.data, "reference": prepared.reference}
+    responses = bench.run(pipeline.DATASET_RESPONSES, inputs, "pairs of the data")
+    return responses, score(bench, prepared.data, responses, scored.scorers, "pairs of the data: scores")
 
 
 def measure_policy(

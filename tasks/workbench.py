@@ -51,12 +51,13 @@ def outcome(state: Any) -> Any:
 
 @dataclass(frozen=True)
 class Done:
-    """One use of a stage, as the result lists it."""
+    """One use of a stage, as the result lists it; `ref` is what it made, None where only planned."""
 
     label: str
     cached: bool
     seconds: float
     created: str
+    ref: ArtifactRef | None = None
 
 
 @dataclass
@@ -82,7 +83,7 @@ class Workbench:
         as_task = _stage_task.with_options(name=label, task_run_name=label)
         state = as_task(self, stage, dict(inputs), label, extra, return_state=True)
         result: StageResult = outcome(state)
-        self.results.append(Done(label, result.cached, result.seconds, result.created))
+        self.results.append(Done(label, result.cached, result.seconds, result.created, result.ref))
         return result.ref
 
     def runtime(self, label: str) -> Runtime:
@@ -131,6 +132,10 @@ class Workbench:
     def seconds(self, ref: ArtifactRef) -> float:
         """How long the artifact took to compute, whenever that was."""
         return manifest_of(ref, self.store).seconds
+
+    def cpu_seconds(self, ref: ArtifactRef) -> float:
+        """How much processor time the artifact took to compute, whenever that was."""
+        return manifest_of(ref, self.store).cpu_seconds
 
     def created(self, ref: ArtifactRef) -> str:
         """When the artifact was computed (UTC, ISO 8601)."""

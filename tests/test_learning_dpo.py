@@ -11,13 +11,13 @@ import pytest
 import torch
 from learning_kit import Killed, changed, digest, killed_at, round_slice, write_chain
 
-from cdpo_core.config import ExperimentConfig
 from cdpo_core.dual.lagrangian import preference_probability
 from cdpo_core.errors import InputError, TrainingError
+from cdpo_core.learning.dataset_pairs import dataset_responses
 from cdpo_core.learning.dpo import Groups, Round, load_groups, train_round
 from cdpo_core.models.logprobs import response_log_probs
 from cdpo_core.models.policy import load_policy
-from cdpo_core.stages import Runtime
+from cdpo_core.stages import Runtime, Slice
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +33,13 @@ def trained(chain: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def groups_of(chain: dict[str, Path]) -> Groups:
-    return load_groups(load_policy(chain["reference"]), chain, ["harm"], 4)
+    return load_groups(load_policy(chain["reference"]), chain, ["harm"], round_slice().dpo)
 
 
 def a_round(chain: dict[str, Path], lambda_: float = 0.5, **dpo: object) -> Round:
     config = round_slice(changed(dpo=dpo), (lambda_,))
     policy = load_policy(chain["reference"])
-    return Round(policy, load_groups(policy, chain, ["harm"], 4), config, torch.float32, 0)
+    return Round(policy, load_groups(policy, chain, ["harm"], config.dpo), config, torch.float32, 0)
 
 
 def expected_cost(folder: Path, chain: dict[str, Path]) -> tuple[float, float]:
@@ -80,11 +80,13 @@ def test_lambda_trades_reward_for_cost(chain: dict[str, Path], tmp_path: Path) -
     assert constrained[1] < unconstrained[1] - 0.3
 
 
-def test_records_tell_loss_and_accuracy(trained: Path) -> None:
+def test_records_tell_loss_and_accuracy(chain: dict[str, Path], trained: Path) -> None:
     steps = json.loads((trained / "training.json").read_text())["steps"]
     assert set(steps[0]) == {"step", "loss", "dpo", "anchor", "accuracy"}
     assert steps[-1]["accuracy"] > 0.6
-    assert steps[-1]["loss"] == pytest.approx(steps[-1]["dpo"] + ExperimentConfig().dpo.anchor * steps[-1]["anchor"])
+    # 20 steps make 20 records: the last one is the last step's.
+    weight = a_round(chain, steps=20).anchor_weight(19)
+    assert steps[-1]["loss"] == pytest.approx(steps[-1]["dpo"] + weight * steps[-1]["anchor"])
 
 
 def test_a_killed_round_continues_to_the_same_bytes(chain: dict[str, Path], trained: Path, tmp_path: Path) -> None:
@@ -143,8 +145,8 @@ def test_soft_labels_are_bradley_terry_on_the_lagrangian_reward(chain: dict[str,
 def test_without_focus_two_halves_of_a_group_average_to_its_anchor(chain: dict[str, Path]) -> None:
     round_, whole = (a_round(chain, anchor=1.0, focus=0.0, responses_per_prompt=size) for size in (4, 8))
     rows = np.array([1])
-    halves = [round_.group_losses(rows, np.arange(8)[None, part]) for part in (slice(0, 4), slice(4, 8))]
-    every = whole.group_losses(rows, np.arange(8)[None])
+    halves = [round_.group_losses(rows, np.arange(8)[None, part], 1.0) for part in (slice(0, 4), slice(4, 8))]
+    every = whole.group_losses(rows, np.arange(8)[None], 1.0)
     assert sum(half["anchor"].item() for half in halves) / 2 == pytest.approx(every["anchor"].item(), rel=1e-5)
 
 
@@ -184,3 +186,41 @@ def test_too_few_responses_are_refused(chain: dict[str, Path], tmp_path: Path) -
 def test_an_exploding_round_is_a_training_error(chain: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="dpo loss is not finite"):
         train_round(round_slice(changed(dpo={"learning_rate": 1e30})), chain, tmp_path, Runtime())
+
+
+def test_the_anchor_falls_from_its_weight_to_the_share_that_is_left(chain: dict[str, Path]) -> None:
+    round_ = a_round(chain, anchor=0.4, anchor_end=0.25, steps=10)
+    assert round_.anchor_weight(0) == pytest.approx(0.4)
+    assert round_.anchor_weight(5) == pytest.approx((0.4 + 0.1) / 2)
+    assert round_.anchor_weight(10) == pytest.approx(0.1)
+    assert a_round(chain, anchor=0.0).anchor_weight(3) == 0
+
+
+def test_without_reward_only_the_costs_decide(chain: dict[str, Path]) -> None:
+    policy, groups = load_policy(chain["reference"]), groups_of(chain)
+    config = Slice({**round_slice(lambda_=(2.0,)).as_dict(), "reward_weight": 0.0})
+    round_ = Round(policy, groups, config, torch.float32, 0)
+    torch.testing.assert_close(round_.r_lambda, -2 * groups.costs[..., 0])
+
+
+def test_the_datas_pairs_are_groups_of_two(chain: dict[str, Path], tmp_path: Path) -> None:
+    fields = {"max_prompt_tokens": 64, "max_response_tokens": 32, "trust_remote_code": False}
+    dataset_responses(Slice({"policy": fields}), chain, tmp_path, Runtime(micro_batch=7))
+    table = pd.read_parquet(tmp_path / "responses.parquet")
+    preferences = pd.read_parquet(chain["data"] / "preferences.parquet")
+    assert len(table) == 2 * len(preferences)
+    scores = table[["prompt_id", "sample"]].assign(reward=np.arange(len(table)) * 1.0, cost_harm=0.5)
+    (tmp_path / "scores").mkdir()
+    scores.to_parquet(tmp_path / "scores" / "scores.parquet", index=False)
+    inputs = {**chain, "responses": tmp_path, "scores": tmp_path / "scores"}
+    config = round_slice(changed(dpo={"pairs": "dataset", "responses_per_prompt": 2}))
+    groups = load_groups(policy := load_policy(chain["reference"]), inputs, ["harm"], config.dpo)
+
+    assert len(set(groups.prompt_ids)) == len(groups.prompts) == len(preferences)
+    first = preferences[preferences["prompt_id"] == groups.prompt_ids[0].rsplit("/")[0]].iloc[0]
+    assert [policy.decode(tokens) for tokens in groups.responses[0]] == [first["response_0"], first["response_1"]]
+    with torch.no_grad():
+        plain = response_log_probs(policy.model, groups.prompts[:3], groups.responses[:3], policy.pad_id)
+    torch.testing.assert_close(groups.ref_log_probs[:3], plain, atol=1e-4, rtol=1e-5)
+    round_ = Round(policy, groups, config, torch.float32, 0)
+    assert np.isfinite([part["loss"].item() for part in round_.losses_at(0)]).all()

@@ -20,7 +20,13 @@ from cdpo_core.randomness import numpy_stream
 from cdpo_core.stages import Runtime, Slice, pick
 from cdpo_core.testbed.annotators import draw_prompts, make_world, part_indices
 from cdpo_core.testbed.calibration import calibrate
-from cdpo_core.testbed.judge import JUDGED_SPLITS, enumerate_reference, judge_policy, judged_subset
+from cdpo_core.testbed.judge import (
+    JUDGED_SPLITS,
+    enumerate_policy,
+    enumerate_reference,
+    judge_policy,
+    judged_subset,
+)
 from cdpo_core.testbed.judgement import Problem, judge
 from cdpo_core.testbed.oracle import exact_optimum, expected, normalised
 from cdpo_core.testbed.world import World
@@ -231,7 +237,13 @@ def test_the_two_stages(artifacts: dict[str, Path], tmp_path: Path) -> None:
     assert json.loads((enumeration / "heads.json").read_text()) == ["harm", "reward"]
 
     config = Slice({"dpo": {"beta": 1.0}, "limits": [-0.5], "margins": [0.2]})
-    judge_policy(config, {"data": data, "enumeration": enumeration, "policy": artifacts["policy"]}, out, Runtime())
+
+    def judge_at(policy: Path) -> None:
+        inputs = {"data": data, "enumeration": enumeration}
+        enumerate_policy(Slice({}), {**inputs, "policy": policy}, out, runtime)
+        judge_policy(config, {**inputs, "policy": out}, out, Runtime())
+
+    judge_at(artifacts["policy"])
     record = json.loads((out / "judge.json").read_text())
     assert record["prompts"] == 15
     assert record["support_mass"] < 1e-3, "fresh weights know nothing of the grammar"
@@ -240,7 +252,7 @@ def test_the_two_stages(artifacts: dict[str, Path], tmp_path: Path) -> None:
     assert set(record["scorers"]) == {"reward", "harm"}
     assert record["policy_prompts"]["support_mass"] < 1e-3
 
-    judge_policy(config, {"data": data, "enumeration": enumeration, "policy": artifacts["reference"]}, out, Runtime())
+    judge_at(artifacts["reference"])
     again = json.loads((out / "judge.json").read_text())
     assert again["captured"] == pytest.approx(0, abs=1e-6)
 

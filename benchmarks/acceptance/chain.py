@@ -72,7 +72,11 @@ def _allowed(first: Ran, ran: Ran) -> set[str]:
     measured = [value for value in trajectory(ran.result) if value not in trajectory(first.result)]
     names = {f"policy at λ = {value:g}" for value in new}
     groups = [f"selection at λ = {value:g}" for value in measured] + ["certificate", "test of policy"]
-    return names | {f"{group}: {what}" for group in groups for what in ("responses", "scores")} | {"exact judge"}
+    return (
+        names
+        | {f"{group}: {what}" for group in groups for what in ("responses", "scores")}
+        | {"exact policy", "exact judge"}
+    )
 
 
 def sweep(lab: Lab) -> Row:

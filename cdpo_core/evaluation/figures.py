@@ -47,7 +47,7 @@ STYLE = {
 
 
 @contextmanager
-def _figure(
+def drawing(
     path: Path, rows: int = 1, width: float = 6.4, height: float = 4.0, sharey: bool = False
 ) -> Iterator[list[Axes]]:
     """`rows` panels above each other that share their x axis, written to `path` on leaving."""
@@ -75,7 +75,7 @@ def lambda_trajectory(
         path: the PNG to write.
     """
     at = [int(record["round"]) for record in rounds]
-    with _figure(path, rows=2, height=5.2) as (above, below):
+    with drawing(path, rows=2, height=5.2) as (above, below):
         for index, (name, limit) in enumerate(zip(names, limits, strict=True)):
             look: dict[str, Any] = {"color": SERIES[index % 5], "marker": MARKERS[index % 5], "label": name}
             lambdas, costs, uppers = (_series(rounds, key, index) for key in ("lambda", "cost", "cost_upper"))
@@ -115,7 +115,7 @@ def reward_and_cost_per_round(
         label = f"round {record['round']}\nλ = {_first(record['lambda']):.3g}"
         rows.append((label, record["reward"], record["cost"], record.get("cost_upper"), BLUE))
     at = np.arange(len(rows))
-    with _figure(path, rows=2, width=max(6.4, 1.2 * len(rows)), height=5.2) as (above, below):
+    with drawing(path, rows=2, width=max(6.4, 1.2 * len(rows)), height=5.2) as (above, below):
         for x, (_, reward, cost, upper, color) in zip(at, rows, strict=True):
             bound = {"mean": _mean(cost), "low": _mean(cost), "high": _first(upper)} if upper is not None else cost
             _dot(above, float(x), reward, color)
@@ -143,7 +143,7 @@ def cost_histogram(costs: Mapping[str, np.ndarray], limit: float, path: Path, wh
     together = np.concatenate([np.asarray(values, dtype=float) for values in costs.values()])
     low, high = np.quantile(together, [0.002, 0.998])
     edges = np.linspace(min(low, limit), max(high, limit) + 1e-9, 41)
-    with _figure(path, rows=len(costs), height=1.0 + 1.25 * len(costs), sharey=True) as panels:
+    with drawing(path, rows=len(costs), height=1.0 + 1.25 * len(costs), sharey=True) as panels:
         for index, (panel, (method, values)) in enumerate(zip(panels, costs.items(), strict=True)):
             clipped = np.clip(np.asarray(values, dtype=float), edges[0], edges[-1])
             mean = float(np.mean(values))
@@ -172,7 +172,7 @@ def frontier(
         exact: (cost, reward) of the exact optimum along the limits, where it is known.
         baselines: name -> {reward, cost}.
     """
-    with _figure(path, width=6.8, height=4.8) as (panel,):
+    with drawing(path, width=6.8, height=4.8) as (panel,):
         if len(exact):
             curve = np.array(sorted(exact), dtype=float)
             panel.plot(curve[:, 0], curve[:, 1], color=GREY, linewidth=1.6, zorder=1, label="exact optimum")
@@ -211,7 +211,7 @@ def predicted_curve(
         measured: (λ, mean cost, 95 % half-width) of each round.
         name: the constraint's name.
     """
-    with _figure(path) as (panel,):
+    with drawing(path) as (panel,):
         panel.plot(lambdas, costs, color=BLUE, label="predicted on reference samples")
         if len(measured):
             at, means, halves = (np.array(column, dtype=float) for column in zip(*measured, strict=True))

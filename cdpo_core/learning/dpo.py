@@ -6,6 +6,7 @@ rewards and costs, and log π_ref of each. A round puts new labels on them and t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +38,13 @@ def train_round(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: R
     """Stage: the policy π_λ for one λ.
 
     Args:
-        config: seed, lambda_ (one multiplier for each of `names`), names (the constraints'),
-            policy.{lora_rank, trust_remote_code}, dpo.{beta, labels, anchor, steps,
-            prompts_per_step, responses_per_prompt, learning_rate, optimizer, adam_beta2, averaging}.
+        config: seed, lambda_ (one multiplier for each of `names`), names (the constraints'), reward_weight
+            (optional, 1: the reward's factor in r_λ; 0 leaves the costs alone),
+            policy.{lora_rank, trust_remote_code}, dpo.{beta, labels, anchor, anchor_end, steps,
+            prompts_per_step, responses_per_prompt, learning_rate, optimizer, adam_beta2, averaging, pairs}.
         inputs: reference (policy), data (prompts), responses and scores of the reference's
-            samples, splits; previous (policy) to start from it instead of from the reference.
+            samples (or of the data's pairs, if dpo.pairs is `dataset`), splits; previous (policy) to
+            start from it instead of from the reference.
         out: gets the policy's Hugging Face folder with policy.json, and training.json.
         runtime: device, micro_batch (responses, rounded up to whole prompts), scratch, progress.
 
@@ -55,7 +58,7 @@ def train_round(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: R
     policy = load_policy(
         start, config_policy=config.policy, device=runtime.device, dtype=None if adapted else torch.float32
     )
-    groups = load_groups(policy, inputs, config.names, config.dpo.responses_per_prompt)
+    groups = load_groups(policy, inputs, config.names, config.dpo)
     if adapted:
         policy = with_lora(policy, config.policy.lora_rank, config.seed)
     else:
@@ -77,10 +80,10 @@ def train_round(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: R
 
 @dataclass(frozen=True)
 class Groups:
-    """P prompts of the policy split, each with K responses of the reference.
+    """P groups of K responses to one prompt: the reference's to the policy prompts, or the data's pairs.
 
     Attributes:
-        prompt_ids: P names.
+        prompt_ids: P names, one for each group.
         prompts: P prompts' tokens.
         responses: P × K responses' tokens.
         ref_log_probs: log π_ref, [P, K] float64, nats.
@@ -96,30 +99,37 @@ class Groups:
     costs: Tensor
 
 
-def load_groups(policy: Policy, inputs: Mapping[str, Path], names: Sequence[str], least: int) -> Groups:
-    """The policy split's scored responses, in the order of prompt_id and sample.
+def load_groups(policy: Policy, inputs: Mapping[str, Path], names: Sequence[str], dpo: Slice) -> Groups:
+    """The scored responses that a round learns from, in the order of prompt_id and sample.
+
+    With dpo.pairs `samples` a group is a prompt of the policy split with all its responses; with `dataset` it is
+    one pair of the data's preferences, samples 2i and 2i + 1 of its prompt.
 
     Args:
         policy: writes the prompts as tokens.
         inputs: data, responses, scores, splits.
         names: the constraints', one cost column each.
-        least: responses that every prompt must have.
+        dpo: pairs, responses_per_prompt.
 
     Raises:
-        InputError: there is no such prompt, or a prompt has fewer responses or another number of them.
+        InputError: there is no such group, or a group has too few responses or another number of them.
     """
-    splits = pd.read_parquet(inputs["splits"] / "splits.parquet")
-    chosen = splits.loc[splits["split"] == "policy", "prompt_id"]
     responses = pd.read_parquet(
         inputs["responses"] / "responses.parquet", columns=["prompt_id", "sample", "tokens", "ref_log_prob"]
     )
-    responses = responses[responses["prompt_id"].isin(chosen)]
+    group = ["prompt_id"]
+    if dpo.pairs == "dataset":
+        responses["pair"] = responses["sample"] // 2
+        group.append("pair")
+    else:
+        splits = pd.read_parquet(inputs["splits"] / "splits.parquet")
+        responses = responses[responses["prompt_id"].isin(splits.loc[splits["split"] == "policy", "prompt_id"])]
     table = responses.merge(pd.read_parquet(inputs["scores"] / "scores.parquet"), on=["prompt_id", "sample"])
     table = table.sort_values(["prompt_id", "sample"], kind="stable")
-    sizes = table.groupby("prompt_id").size()
-    if sizes.empty or sizes.nunique() > 1 or sizes.iloc[0] < least or len(table) < len(responses):
+    sizes = table.groupby(group).size()
+    if sizes.empty or sizes.nunique() > 1 or sizes.iloc[0] < dpo.responses_per_prompt or len(table) < len(responses):
         raise InputError(
-            f"a round needs policy prompts with one number of scored responses, at least {least}; "
+            f"a round needs policy prompts with one number of scored responses, at least {dpo.responses_per_prompt}; "
             f"found {len(sizes)} prompts with {sorted(set(sizes))} responses",
             where="policy split",
             fix="raise sampling.reference, lower dpo.responses_per_prompt, or give more prompts",
@@ -131,9 +141,10 @@ def load_groups(policy: Policy, inputs: Mapping[str, Path], names: Sequence[str]
     def grid(columns: str | list[str]) -> Tensor:
         return torch.tensor(table[columns].to_numpy(float)).reshape(count, size, -1)
 
+    keys = [name if isinstance(name, str) else "/".join(map(str, name)) for name in sizes.index]
     return Groups(
-        prompt_ids=list(sizes.index),
-        prompts=policy.encode_prompts(texts.loc[sizes.index].tolist()),
+        prompt_ids=keys,
+        prompts=policy.encode_prompts(texts.loc[sizes.index.get_level_values("prompt_id")].tolist()),
         responses=[tokens[start : start + size] for start in range(0, len(tokens), size)],
         ref_log_probs=grid("ref_log_prob")[..., 0],
         reward=grid("reward")[..., 0],
@@ -154,7 +165,8 @@ class Round:
     def __init__(self, policy: Policy, groups: Groups, config: Slice, dtype: torch.dtype, micro_batch: int) -> None:
         self.policy, self.groups, self.dpo, self.seed = policy, groups, config.dpo, config.seed
         self.dtype, self.micro_batch = dtype, micro_batch
-        self.r_lambda = lagrangian_reward(groups.reward, groups.costs, torch.tensor(config.lambda_).double())
+        reward = getattr(config, "reward_weight", 1.0) * groups.reward
+        self.r_lambda = lagrangian_reward(reward, groups.costs, torch.tensor(config.lambda_).double())
         self.weights = importance_weights(self.r_lambda, config.dpo.beta)
         count = len(groups.prompts)
         self._epochs = Epochs(
@@ -178,15 +190,24 @@ class Round:
             for row, chosen in zip(rows, columns, strict=True)
         ]
         for places in cut_into_passes(lengths, columns.shape[1], self._tokens, self.micro_batch):
-            sums = self.group_losses(rows[places], columns[places])
+            sums = self.group_losses(rows[places], columns[places], self.anchor_weight(step))
             yield {name: value.sum() / len(rows) for name, value in sums.items()}
 
-    def group_losses(self, rows: Indices, columns: Indices) -> dict[str, Tensor]:
+    def anchor_weight(self, step: int) -> float:
+        """The anchor's weight at a step counted from 0: a half cosine from dpo.anchor to its share anchor_end.
+
+        Early it keeps the mass from leaking; late, its bias at finite K would be learned by heart.
+        """
+        left = 0.5 * (1 + math.cos(math.pi * step / self.dpo.steps))
+        return float(self.dpo.anchor * (self.dpo.anchor_end + (1 - self.dpo.anchor_end) * left))
+
+    def group_losses(self, rows: Indices, columns: Indices, anchor_weight: float) -> dict[str, Tensor]:
         """Loss of each prompt's group: DPO over all its pairs plus the anchor; [P'] each.
 
         Args:
             rows: [P'] prompts.
             columns: [P', k] responses of each.
+            anchor_weight: of the anchor beside the DPO loss.
         """
         groups, device = self.groups, self.policy.device
         with mixed_precision(device, self.dtype):
@@ -202,7 +223,7 @@ class Round:
         dpo = soft_dpo_loss(log_ratio, targets, self.dpo.beta)
         # Part of the K samples stands for all: each counts by how seldom it is drawn (Horvitz and Thompson).
         anchor = anchor_loss(log_probs, self._anchor_weights[place].to(device))
-        loss = dpo + self.dpo.anchor * anchor
+        loss = dpo + anchor_weight * anchor
         return {
             "loss": loss,
             "dpo": dpo.detach(),

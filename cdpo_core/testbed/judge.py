@@ -94,31 +94,43 @@ def judged_subset(world: World, prompts: pd.DataFrame, config: Slice) -> pd.Data
     return pd.concat(chosen, ignore_index=True)[["prompt_id", "prompt", "kind", "split"]]
 
 
+def enumerate_policy(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    """Stage: a policy's log-probability of every response to the judged prompts, for every limit the same.
+
+    Args:
+        config: nothing.
+        inputs: data (testbed), enumeration, policy.
+        out: gets log_policy.safetensors: log_policy [P, R] float64 nats, not renormalised.
+        runtime: device, micro_batch (responses), progress.
+    """
+    world = World.load(inputs["data"] / "world.json")
+    judged = pd.read_parquet(inputs["enumeration"] / "judged.parquet")
+    policy = load_policy(inputs["policy"], device=runtime.device)
+
+    def progress(done: int, total: int) -> None:
+        runtime.progress("exact policy", done, total)
+
+    log_policy = grammar_log_probs(policy, judged["prompt"].tolist(), world, runtime.micro_batch, progress)
+    save_file({"log_policy": log_policy}, out / "log_policy.safetensors")
+
+
 def judge_policy(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
     """Stage: the `oracle` record of one policy; writes judge.json.
 
     Args:
         config: dpo.beta; limits [m] and margins [m] (training aimed at limit − margin); constraints
             ([{name, labels}], optional: the world's labels in their order).
-        inputs: data (testbed), enumeration, policy (may be missing: its figures are then null).
+        inputs: data (testbed), enumeration, policy (what `enumerate_policy` wrote; may be missing: its
+            figures are then null).
         out: gets judge.json.
-        runtime: device, micro_batch (responses), progress.
+        runtime: not used.
     """
     world = World.load(inputs["data"] / "world.json")
     judged = pd.read_parquet(inputs["enumeration"] / "judged.parquet")
     constraints = _constraints(config, world)
     reward, costs = world.true_scores(judged["prompt_id"])
     costs = costs[..., [world.labels.index(item["labels"]) for item in constraints]]
-    raw = None
-    if "policy" in inputs:
-        policy = load_policy(inputs["policy"], device=runtime.device)
-        raw = grammar_log_probs(
-            policy,
-            judged["prompt"].tolist(),
-            world,
-            runtime.micro_batch,
-            lambda done, total: runtime.progress("exact judge", done, total),
-        )
+    raw = load_file(inputs["policy"] / "log_policy.safetensors")["log_policy"] if "policy" in inputs else None
     tables = load_file(inputs["enumeration"] / "enumeration.safetensors")
     problem = Problem(normalised(tables["log_ref"]), reward, costs, config.limits, config.dpo.beta)
     heads = json.loads((inputs["enumeration"] / "heads.json").read_text())

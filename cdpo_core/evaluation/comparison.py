@@ -1,0 +1,90 @@
+"""The comparison's table: methods side by side at each limit, over seeds, with intervals and what each cost.
+
+A record is one method at one limit with one seed. Where the truth is known (testbed) reward and cost are the true ones,
+else those that the scorers give on the test prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cdpo_core.evaluation.metrics import Estimate, cluster_mean
+
+FIGURES = ("reward", "cost", "kl", "captured", "support_mass", "rounds")
+COMPUTE = ("updates", "generated_tokens", "cpu_seconds", "tuning_cpu_seconds")
+
+
+def figures_of(record: Mapping[str, Any]) -> dict[str, float | None]:
+    """A record's figures by the names of `FIGURES`; None where there is none."""
+    oracle, test = record.get("oracle") or {}, record.get("test") or {}
+    measured = {name: (test.get(name) or {}).get("mean") for name in ("reward", "cost", "kl")}
+    true = {name: oracle.get(f"true_{name}") for name in ("reward", "cost", "kl")}
+    known = {name: measured[name] if true[name] is None else true[name] for name in measured}
+    return {
+        **known,
+        "captured": oracle.get("captured"),
+        "support_mass": oracle.get("support_mass"),
+        "rounds": record.get("rounds"),
+    }
+
+
+def comparison_table(records: Sequence[Mapping[str, Any]], ours: str) -> list[dict[str, Any]]:
+    """One row for each limit and method, in the order in which they first come up.
+
+    Args:
+        records: {method, title, limit_name, limit, seed, rounds, test, oracle, compute}.
+        ours: the method the others' reward is set against.
+
+    Returns:
+        rows {limit_name, limit (mean over seeds), method, title, seeds, kept (seeds whose cost is within the limit),
+        compute {..: mean}, ahead, and of each figure {mean, low, high} or None}. `ahead` is the mean over seeds of
+        our reward minus the method's, on the same worlds, with its interval: above 0 we are ahead.
+    """
+    rows = []
+    for limit_name in dict.fromkeys(record["limit_name"] for record in records):
+        here = [record for record in records if record["limit_name"] == limit_name]
+        best = {record["seed"]: figures_of(record)["reward"] for record in here if record["method"] == ours}
+        for method in dict.fromkeys(record["method"] for record in here):
+            mine = [record for record in here if record["method"] == method]
+            rows.append(_row(mine, best if method != ours else {}))
+    return rows
+
+
+def over_seeds(values: Sequence[float | None], fallback: Mapping[str, float] | None = None) -> dict[str, float] | None:
+    """Mean with Student's 95 % interval over seeds; with one seed `fallback`'s interval, if any, moved to the mean."""
+    known = np.array([value for value in values if value is not None], dtype=np.float64)
+    if len(known) == 0:
+        return None
+    if len(known) > 1:
+        estimate = cluster_mean(known, np.arange(len(known)))
+    else:
+        mean, half = float(known[0]), (fallback["high"] - fallback["low"]) / 2 if fallback else 0.0
+        estimate = Estimate(mean, mean - half, mean + half)
+    return {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
+
+
+def _row(records: Sequence[Mapping[str, Any]], ours: Mapping[int, float | None]) -> dict[str, Any]:
+    figures = [figures_of(record) for record in records]
+    test = records[0].get("test") or {}
+    pairs = list(zip(figures, records, strict=True))
+    kept = [item["cost"] is not None and item["cost"] <= record["limit"] for item, record in pairs]
+    gaps = [
+        best - item["reward"]
+        for item, record in pairs
+        if (best := ours.get(record["seed"])) is not None and item["reward"] is not None
+    ]
+    spent = [record["compute"] for record in records]
+    return {
+        "limit_name": records[0]["limit_name"],
+        "limit": float(np.mean([record["limit"] for record in records])),
+        "method": records[0]["method"],
+        "title": records[0]["title"],
+        "seeds": len(records),
+        "kept": sum(kept),
+        "compute": {name: float(np.mean([item.get(name) or 0.0 for item in spent])) for name in COMPUTE},
+        "ahead": over_seeds(gaps),
+        **{name: over_seeds([item[name] for item in figures], test.get(name)) for name in FIGURES},
+    }

@@ -1,0 +1,76 @@
+"""Flows whose parameters are the config's sections: one signature, said once.
+
+Prefect makes a flow's form from its signature and docstring. Both are put together here from the config's fields, so
+that every flow that takes a config has the same parameters with the same words.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from cdpo_core.config import ConstraintConfig, ExperimentConfig
+
+DEFAULT = ExperimentConfig()
+# The rules that Prefect's server checks before anything starts; those within a section are the section's own.
+RULES: dict[str, Any] = {
+    "name": Annotated[str, Field(min_length=1, max_length=100)],
+    "seed": Annotated[int, Field(ge=0)],
+    "constraints": Annotated[list[ConstraintConfig], Field(min_length=1)],
+}
+WORDS = {
+    "name": "shown in the UIs.",
+    "seed": "of every random stream.",
+    "data": "the preferences, and how their prompts are split.",
+    "testbed": "the oracle world, used when data.source is `testbed`.",
+    "policy": "the language model that is aligned.",
+    "sft": "fine-tuning that makes the reference policy.",
+    "reward": "the model of what is better.",
+    "constraints": "the limits on harm, each with its cost model.",
+    "dpo": "one round of training.",
+    "dual": "how lambda moves from round to round.",
+    "sampling": "how many responses are drawn for each prompt.",
+    "certificate": "the test the returned policy must pass.",
+    "evaluation": "what is measured besides.",
+    "store": "where artifacts are kept.",
+    "tracking": "MLflow.",
+    "compute": "the machine; changes no result but by rounding.",
+}
+
+
+def takes_sections(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of (config, its own keyword parameters) as one of its own parameters and the config's sections.
+
+    The docstring's last section must be `Args:`; the sections' words are added to it.
+    """
+    own = dict(list(inspect.signature(function).parameters.items())[1:])
+    hints = typing.get_type_hints(function, include_extras=True)
+
+    @wraps(function)
+    def call(**given: Any) -> Any:
+        mine = {name: given[name] for name in own if name in given}
+        sections = {name: value for name, value in given.items() if name not in own}
+        return function(ExperimentConfig(**sections), **mine)
+
+    parameters = [
+        item.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]) for name, item in own.items()
+    ]
+    for name, field in ExperimentConfig.model_fields.items():
+        annotation = RULES.get(name, field.annotation)
+        default = getattr(DEFAULT, name)
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        )
+    # What Prefect reads the form from.
+    call.__signature__ = inspect.Signature(parameters, return_annotation=hints["return"])  # type: ignore[attr-defined]
+    call.__annotations__ = {item.name: item.annotation for item in parameters} | {"return": hints["return"]}
+    lines = [f"    {name}: {words}" for name, words in WORDS.items()]
+    head = inspect.cleandoc(function.__doc__ or "")
+    call.__doc__ = "\n".join([head if "Args:" in head else f"{head}\n\nArgs:", *lines])
+    del call.__wrapped__
+    return call
