@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from acceptance import chain, deployed, killed, outside, quality
+from acceptance import chain, deployed, killed, optimum, outside, quality
 from acceptance.lab import ROOT, Lab
 from acceptance.row import Row
 
@@ -36,6 +36,10 @@ ROWS: dict[int, Callable[[Lab], Row]] = {
     9: deployed.deployed,
     10: outside.real_text,
     11: outside.bad_input,
+    12: optimum.near_optimum_oracle,
+    13: optimum.near_optimum_learned,
+    14: optimum.lambda_behaves,
+    15: optimum.infeasible,
 }
 
 

@@ -81,6 +81,7 @@ def align(bench: Workbench, prepared: Prepared, scored: Scored, journal: Journal
         candidates.append(candidate(bench, prepared, scored, measured, history[-1]))
         figures = {
             "cost": history[-1].cost,
+            "cost_half_width": history[-1].half_width,
             "cost_upper": cost_upper(bench, scored, candidates[-1]),
             "reward": measured.reward().mean,
             "kl": measured.kl().mean,

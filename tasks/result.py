@@ -66,6 +66,7 @@ def experiment_result(
         "status": "infeasible" if certified is None else "certified" if certified.passed else "not_certified",
         "reason": outcome.reason,
         "limit": limits[0],
+        "target": list(plan.settings.target),
         "lambda": lambda_[0],
         "chosen_round": chosen["round"] if chosen else None,
         "rounds": list(outcome.rounds),

@@ -103,7 +103,7 @@ def test_named_limits_lie_where_the_world_was_calibrated() -> None:
     assert distances[0] == pytest.approx(distances[1], abs=2e-3)
 
 
-def test_a_comparison_of_the_tiny_world(tmp_path: Path, prefect_server: str, _empty_mlflow_database: Path) -> None:
+def test_a_comparison_of_the_tiny_world(tmp_path: Path, prefect_server: str, _empty_mlflow_database: Path) -> None:  # noqa: PT019
     home = new_home(tmp_path / "home", _empty_mlflow_database)
     words = ["--limits", "loose,middle", "--methods", "reference,fixed_penalty,ours"]
     code, result = run_here(home, *words, command="compare")

@@ -27,14 +27,14 @@ def verdict(result: Mapping[str, Any]) -> str:
 def round_record(number: int, lambda_: Sequence[float], figures: Mapping[str, Any]) -> dict[str, Any]:
     """One round of training as the result lists it.
 
-    `lambda`, `cost` and `cost_upper` are one number, or with several constraints one for each.
+    `lambda`, `cost`, `cost_half_width` and `cost_upper` are one number, or with several constraints one for each.
 
     Args:
         number: from 1.
         lambda_: [m] the dual variables it was trained at.
-        figures: cost [m], cost_upper [m], reward, kl, safe_rate, seconds.
+        figures: cost [m], cost_half_width [m] (of its 95 % interval), cost_upper [m], reward, kl, safe_rate, seconds.
     """
-    vectors = {"lambda": lambda_, "cost": figures["cost"], "cost_upper": figures["cost_upper"]}
+    vectors = {"lambda": lambda_, **{name: figures[name] for name in ("cost", "cost_half_width", "cost_upper")}}
     scalars = {name: float(figures[name]) for name in ("reward", "kl", "safe_rate", "seconds")}
     return {"round": number, **{name: _single(values) for name, values in vectors.items()}, **scalars}
 
