@@ -103,7 +103,7 @@ def infeasible(lab: Lab) -> Row:
 def sweep(lab: Lab, seed: int, mode: str) -> list[dict[str, Any]]:
     """The three limits of one world, loosest first: one result record each."""
     limits = placed(lab, seed)
-    words = ["sweep", "testbed", *_seeds(seed), "--testbed.scorers", mode]
+    words = ["sweep", "testbed", "--seeds", str(seed), "--testbed.seed", str(seed), "--testbed.scorers", mode]
     listed = ",".join(f"{limits[name]:g}" for name in LIMITS)
     ran = lab.run(f"three-{mode}-{seed}", [*words, "--limits", listed], home_of(seed))
     return sorted(ran.result["children"], key=lambda child: -child["limit"])
@@ -166,7 +166,7 @@ def _keeps(child: Record) -> bool:
 
 
 def _explained(child: Record) -> bool:
-    """Whether the true cost is within the bound plus twice the error of the cost model's units, as the report showed."""
+    """Whether the true cost is within the bound plus twice the error of the cost model's units, as reported."""
     cost, certificate = child["oracle"].get("true_cost"), child["certificate"]
     shown = 2 * (child["scorers"]["harm"].get("calibration_error") or 0.0)
     return cost is not None and certificate is not None and cost <= certificate["upper"] + shown
