@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from acceptance import chain, deployed, killed, optimum, outside, quality
+from acceptance import chain, deployed, killed, optimum, outside, quality, rivals
 from acceptance.lab import ROOT, Lab
 from acceptance.row import Row
 
@@ -40,6 +40,7 @@ ROWS: dict[int, Callable[[Lab], Row]] = {
     13: optimum.near_optimum_learned,
     14: optimum.lambda_behaves,
     15: optimum.infeasible,
+    16: rivals.compared,
 }
 
 
