@@ -32,15 +32,15 @@ class Toy:
     def all_samples(self) -> OfflineDual:
         """Every response as often as the reference draws it: the sample is the population."""
         rows = [np.repeat(np.arange(6), counts) for counts in self.counts]
-        return self._dual(rows)
+        return self._dual(rows, jackknife=False)
 
-    def drawn(self, k: int, rng: np.random.Generator) -> OfflineDual:
-        return self._dual([rng.choice(6, size=k, p=counts / 16) for counts in self.counts])
+    def drawn(self, k: int, rng: np.random.Generator, jackknife: bool = True) -> OfflineDual:
+        return self._dual([rng.choice(6, size=k, p=counts / 16) for counts in self.counts], jackknife)
 
-    def _dual(self, rows: list[np.ndarray]) -> OfflineDual:
+    def _dual(self, rows: list[np.ndarray], jackknife: bool) -> OfflineDual:
         picked = np.array(rows)
         each = np.arange(40)[:, None]
-        return OfflineDual(self.reward[each, picked], self.costs[each, picked], BETA)
+        return OfflineDual(self.reward[each, picked], self.costs[each, picked], BETA, jackknife=jackknife)
 
 
 def differences(function: Callable[[np.ndarray], np.ndarray], at: np.ndarray, step: float = 1e-5) -> np.ndarray:
@@ -111,13 +111,38 @@ def test_a_limit_below_the_floor_ends_at_lambda_max() -> None:
     assert dual.solve(dual.floor() - 0.5, 20.0).tolist() == [20.0]
 
 
-def test_more_samples_come_closer_and_few_lean_to_the_reference() -> None:
-    toy, rng = Toy(), numpy_stream(0, "offline samples")
-    lambda_ = np.array([1.0])
+def test_few_samples_lean_to_the_reference_and_the_jackknife_corrects_it() -> None:
+    toy, rng, lambda_ = Toy(), numpy_stream(0, "offline samples"), np.array([1.0])
     exact = toy.exact_costs(lambda_)[0]
-    errors = {k: np.mean([toy.drawn(k, rng).expected(lambda_).costs[0] - exact for _ in range(60)]) for k in (4, 256)}
-    assert errors[4] > 0.1
-    assert abs(errors[256]) < 0.01
+
+    def error(k: int, jackknife: bool) -> float:
+        drawn = [toy.drawn(k, rng, jackknife).expected(lambda_).costs[0] for _ in range(60)]
+        return float(np.mean(drawn) - exact)
+
+    assert error(8, False) > 0.1
+    assert abs(error(8, True)) < error(8, False) / 2
+    assert abs(error(256, True)) < 0.01
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_the_jackknife_is_that_of_leaving_each_sample_out(m: int) -> None:
+    dual, lambda_ = Toy(m).drawn(7, numpy_stream(0, "leave one out")), np.full(m, 0.6)
+    plain = OfflineDual(dual.reward, dual.costs, BETA, jackknife=False)
+    left = [np.delete(np.arange(7), j) for j in range(7)]
+    others = [OfflineDual(dual.reward[:, keep], dual.costs[:, keep], BETA, jackknife=False) for keep in left]
+    costs = np.mean([other.expected(lambda_).costs for other in others], axis=0)
+    np.testing.assert_allclose(dual.expected(lambda_).costs, 7 * plain.expected(lambda_).costs - 6 * costs)
+    limits = np.zeros(m)
+    value = 7 * plain.value(lambda_, limits) - 6 * np.mean([other.value(lambda_, limits) for other in others])
+    assert dual.value(lambda_, limits) == pytest.approx(value)
+    gradient = differences(lambda x: np.asarray(dual.value(x, limits)), lambda_)
+    np.testing.assert_allclose(-dual.expected(lambda_).costs, gradient, atol=1e-7)
+
+
+def test_a_sample_with_all_the_weight_leaves_finite_figures() -> None:
+    dual = OfflineDual(np.array([[0.0, 900.0, 0.0]]), np.array([[[1.0], [2.0], [4.0]]]), BETA)
+    point = dual.expected(np.zeros(1))
+    assert np.isfinite([point.reward, *point.costs, point.kl, dual.value(np.zeros(1), np.zeros(1))]).all()
 
 
 @pytest.mark.parametrize(

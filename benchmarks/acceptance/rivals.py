@@ -35,8 +35,8 @@ def compared(lab: Lab) -> Row:
             for (limit, name), value in ahead.items()
         )
         + f"; intervals of the rewards apart in {apart} of {len(rivals)}; rounds {rounds['ours']:.1f} against "
-        f"{rounds['cdpo_paper']:.1f} of the paper's ascent, which takes {paper:.1f} × our processor time; less than Safe "
-        f"RLHF's: {cheaper}",
+        f"{rounds['cdpo_paper']:.1f} of the paper's ascent, which takes {paper:.1f} × our processor time; less than "
+        f"Safe RLHF's: {cheaper}",
         "more reward at every limit, intervals apart, at equal or better constraint satisfaction and less compute",
         all(value["low"] > 0 for value in ahead.values()) and keeps and cheaper,
     )

@@ -2,9 +2,11 @@
 
 With K samples of π_ref for each prompt, π_λ is represented by importance weights on them, so the
 dual function and its derivatives cost no training ("optimal dualization", Huang et al. 2024,
-arXiv:2405.19544). At finite K the weights cannot leave the samples: the estimate leans to the
-reference, the predicted cost of a large λ is too high. `effective_samples` says how much is left;
-the first trained round corrects it.
+arXiv:2405.19544). Normalised weights lean to the reference by order 1/K: the predicted cost of a
+large λ is too high. The jackknife takes that order away (Quenouille 1956; Efron 1982): every figure
+is K times itself minus K − 1 times its mean over the K ways of leaving one sample out, which the
+weights give in closed form. What is left is of order 1/K²: `effective_samples` says how much there
+is to go by, and the first trained round corrects it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from cdpo_core.dual.quadratic import box_newton_step
 
 ITERATIONS = 200
 TOLERANCE = 1e-10
+# A prompt on which one sample has all the weight cannot be told without it.
+LARGEST_WEIGHT = 1 - 1e-9
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class OfflinePoint:
         kl: E KL(π_λ‖π_ref), nats; at most log K by construction.
         effective_samples: mean over prompts of 1/Σ_j w_j², between 1 and K.
         hessian: [m, m] float64, Hessian of D: the covariance of the costs within a prompt, over β.
-        prompt_costs: [P, m] float64, each prompt's expected costs.
+        prompt_costs: [P, m] float64, each prompt's expected costs by the weights as they are (less noisy one by
+            one than the jackknife, whose mean is `costs`).
     """
 
     lambda_: np.ndarray
@@ -50,12 +55,15 @@ class OfflineDual:
         reward: [P, K] float64, K >= 2 samples of the reference for each prompt.
         costs: [P, K, m] float64.
         beta: > 0, units of reward per nat.
+        jackknife: whether the samples are a draw, whose lean is corrected; False where they are all there is, each
+            response as often as the reference draws it.
 
     Raises:
         ValueError: the shapes disagree, a score is not finite, or beta is not positive.
     """
 
-    def __init__(self, reward: np.ndarray, costs: np.ndarray, beta: float) -> None:
+    def __init__(self, reward: np.ndarray, costs: np.ndarray, beta: float, *, jackknife: bool = True) -> None:
+        self.jackknife = jackknife
         self.reward = np.asarray(reward, dtype=np.float64)
         self.costs = np.asarray(costs, dtype=np.float64)
         self.beta = beta
@@ -69,8 +77,13 @@ class OfflineDual:
             raise ValueError(f"beta must be positive, not {beta}")
 
     def value(self, lambda_: np.ndarray, limits: np.ndarray) -> float:
-        """D(λ), in units of reward; convex in λ. Args: lambda_ [m] >= 0, limits [m]."""
-        log_mean = logsumexp(self._logits(lambda_), axis=1) - np.log(self.reward.shape[1])
+        """D(λ), in units of reward. Args: lambda_ [m] >= 0, limits [m]."""
+        logits = self._logits(lambda_)
+        samples, total = logits.shape[1], logsumexp(logits, axis=1)
+        log_mean = total - np.log(samples)
+        if self.jackknife:
+            weights = np.minimum(np.exp(logits - total[:, None]), LARGEST_WEIGHT)
+            log_mean -= (samples - 1) * (np.log1p(-weights).mean(axis=1) - np.log1p(-1 / samples))
         return float(self.beta * log_mean.mean() + np.dot(lambda_, limits))
 
     def expected(self, lambda_: np.ndarray) -> OfflinePoint:
@@ -83,8 +96,8 @@ class OfflineDual:
         log_weights = np.log(np.maximum(weights, np.finfo(np.float64).tiny))
         return OfflinePoint(
             lambda_=lambda_,
-            reward=float((weights * self.reward).sum(axis=1).mean()),
-            costs=prompt_costs.mean(axis=0),
+            reward=float(self._mean(weights, self.reward[..., None])[0]),
+            costs=self._mean(weights, self.costs),
             kl=float((weights * (log_weights + np.log(weights.shape[1]))).sum(axis=1).mean()),
             effective_samples=float((1 / (weights**2).sum(axis=1)).mean()),
             hessian=covariance / self.beta,
@@ -131,3 +144,13 @@ class OfflineDual:
 
     def _logits(self, lambda_: np.ndarray) -> np.ndarray:
         return (self.reward - self.costs @ np.asarray(lambda_, dtype=np.float64)) / self.beta
+
+    def _mean(self, weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """[m] mean over prompts of the weighted means of values [P, K, m]; weights [P, K] sum to 1."""
+        samples, weights = weights.shape[1], np.minimum(weights, LARGEST_WEIGHT)[..., None]
+        mean = (weights * values).sum(axis=1)
+        if self.jackknife:
+            left_out = (mean[:, None, :] - weights * values) / (1 - weights)
+            mean = samples * mean - (samples - 1) * left_out.mean(axis=1)
+        found: np.ndarray = mean.mean(axis=0)
+        return found
