@@ -14,7 +14,7 @@ import yaml
 from cdpo_core.config_loading import load_config, parse_yaml
 
 POOL = "cdpo"
-EXPERIMENT, SWEEP = "flows.experiment.experiment", "flows.sweep.sweep"
+EXPERIMENT, SWEEP, COMPARE = "flows.experiment.experiment", "flows.sweep.sweep", "flows.compare.compare"
 HEADER = """\
 # Deployments for a Prefect server of your own; `cdpo up` makes the same ones on its server.
 #
@@ -80,6 +80,13 @@ DEFINITIONS = (
         preset="testbed",
         parameters={"limits": [-0.9, -0.7, -0.5, -0.3]},
         schedules=(Nightly("0 2 * * *", slug="nightly"),),
+    ),
+    Definition(
+        "compare-testbed",
+        COMPARE,
+        "This method beside its rivals on the oracle world: reward over cost at each limit, and what each took.",
+        preset="testbed",
+        parameters={"limits": ["loose", "middle", "tight"], "seeds": [0], "methods": []},
     ),
 )
 

@@ -25,6 +25,8 @@ from flows import up
 from flows.processes import MARKER, Child, end_all, end_marked, free_port, taken
 
 ROOT = Path(__file__).parent.parent
+# What a flow takes beside the sections of a config.
+OWN = {"limits", "seeds", "methods"}
 
 
 def test_prefect_yaml_is_written_from_the_definitions() -> None:
@@ -46,7 +48,7 @@ def test_a_deployment_is_the_preset_it_names(item: Definition) -> None:
     parameters = item.all_parameters()
     preset = yaml.safe_load((ROOT / "configs" / f"{item.preset}.yaml").read_text()) if item.preset else {}
     assert parameters == {**item.parameters, **preset}
-    ExperimentConfig.model_validate({key: value for key, value in parameters.items() if key != "limits"})
+    ExperimentConfig.model_validate({key: value for key, value in parameters.items() if key not in OWN})
     module, name = item.entrypoint.rsplit(".", 1)
     flow = getattr(import_module(module), name)
     assert set(parameters) <= set(flow.parameters.properties)
