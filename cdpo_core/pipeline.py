@@ -123,6 +123,18 @@ ROUND = Stage(
         "dpo.pairs",
     ),
 )
+SAFE_RLHF = Stage(
+    "safe-rlhf",
+    "policy",
+    _core("cdpo_core.baselines.safe_rlhf:train_safe_rlhf"),
+    (
+        "seed",
+        "policy.max_prompt_tokens",
+        "policy.max_response_tokens",
+        "policy.trust_remote_code",
+        "dpo.beta",
+    ),
+)
 ENUMERATION = Stage(
     "enumeration",
     "enumeration",

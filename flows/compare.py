@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from prefect import flow
 from prefect.states import Completed, State
+from pydantic import Field
 
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.errors import InputError
@@ -31,6 +32,9 @@ from tasks.evaluation import limits_by_name
 from tasks.metric_points import timestamp_ms
 from tasks.workbench import open_workbench, outcome, report_progress_to
 
+Limits = Annotated[list[str], Field(min_length=1)]
+Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -42,7 +46,7 @@ class Cell:
 
 @flow(name="compare", flow_run_name="compare {name}", persist_result=False)
 @takes_sections
-def compare(config: ExperimentConfig, limits: list[str], seeds: list[int], methods: list[str]) -> State[dict[str, Any]]:
+def compare(config: ExperimentConfig, limits: Limits, seeds: Seeds, methods: list[str]) -> State[dict[str, Any]]:
     """Methods side by side at each limit: reward over cost, intervals over seeds, and what each took.
 
     Args:

@@ -195,7 +195,6 @@ def _safe_rlhf(world: World, bench: Workbench, method: Method, settings: Mapping
         method.title,
         names=bench.names,
         constraints=[{"name": item.name, "labels": item.labels} for item in config.constraints],
-        oracle=config.oracle_scorers,
         targets=[round(float(value), 6) for value in _targets(plan_dual(bench, prepared, scored))],
         safe_rlhf=SafeRlhfSettings(**method.own_settings(settings)).model_dump(mode="json"),
     )
