@@ -19,6 +19,7 @@ def print_result(result: Record, console: Console) -> None:
     """Methods × figures, the trajectory of λ, the scorers, the truth where it is known, the verdict, what is next."""
     console.print()
     console.print(_methods(result))
+    console.print(_tails(result))
     if len(result["constraints"]) > 1:
         console.print(_constraints(result))
     if result["rounds"]:
@@ -80,10 +81,7 @@ def _methods(result: Record) -> Table:
     constraint = result["constraints"][0]
     cost = "cost [95 %]" if len(result["constraints"]) == 1 else f"{constraint['name']} [95 %]"
     table = _table("Held-out test prompts", "method", "reward", cost, "limit", "safe", "KL")
-    rows = dict(result["baselines"])
-    if result.get("test"):
-        rows[f"C-DPO (λ = {_lambda(result.get('lambda'))})"] = result["test"]
-    for name, figures in rows.items():
+    for name, figures in _by_method(result).items():
         table.add_row(
             name,
             _mean(figures.get("reward")),
@@ -93,6 +91,27 @@ def _methods(result: Record) -> Table:
             _mean(figures.get("kl")),
         )
     return table
+
+
+def _tails(result: Record) -> Table:
+    kinds = [name for name in result["baselines"]["reference"] if name.startswith("cost/")]
+    heads = [name.replace("/", " ") for name in kinds]
+    table = _table(
+        "Beyond the mean", "method", "worst 10 %", "unsafe prompts", "over-refusal", "reward where safe", *heads
+    )
+    for name, figures in _by_method(result).items():
+        shares = [_percent(figures.get(share)) for share in ("unsafe_prompts", "over_refusal")]
+        means = [_mean(figures.get(figure)) for figure in ("reward_where_safe", *kinds)]
+        table.add_row(name, _mean(figures.get("cvar")), *shares, *means)
+    return table
+
+
+def _by_method(result: Record) -> dict[str, Record]:
+    """Test figures by method: the baselines, then the returned policy."""
+    rows = dict(result["baselines"])
+    if result.get("test"):
+        rows[f"C-DPO (λ = {_lambda(result.get('lambda'))})"] = result["test"]
+    return rows
 
 
 def _constraints(result: Record) -> Table:

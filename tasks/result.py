@@ -59,7 +59,9 @@ def experiment_result(
     certificates = [certified.record(index) if certified else None for index in range(len(names))]
     chosen = outcome.rounds[outcome.chosen] if outcome.rounds else None
     lambda_, costs = (each(chosen[key]) if chosen else [None] * len(names) for key in ("lambda", "cost"))
-    figures = {name: item.summary(names, outcome.test["reference"]) for name, item in outcome.test.items()}
+    prompts = bench.table(outcome.data, "prompts")
+    kinds = dict(zip(prompts["prompt_id"], prompts["kind"], strict=True))
+    figures = {name: item.summary(names, outcome.test["reference"], kinds) for name, item in outcome.test.items()}
     run_id = journal.run_id
     result: dict[str, Any] = {
         "name": bench.config.name,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from cdpo_core.artifacts import ArtifactRef
-from cdpo_core.evaluation import metrics
+from cdpo_core.evaluation import metrics, tails
 from cdpo_core.evaluation.metrics import Estimate
 
 
@@ -65,9 +65,17 @@ class Measured:
         means = self.table.groupby("prompt_id")[columns].mean().sort_index()
         return means.set_axis(list(names), axis=1)
 
-    def summary(self, names: Sequence[str], other: Measured | None = None) -> dict[str, dict[str, float]]:
-        """The report's figures: reward, cost (first constraint's), safe rate, KL and win rate over `other`."""
-        figures = {
+    def summary(
+        self, names: Sequence[str], other: Measured | None = None, kinds: Mapping[str, str] | None = None
+    ) -> dict[str, dict[str, float]]:
+        """The report's figures: means, win rate over `other`, and beyond the mean (`tails`), each {mean, low, high}.
+
+        Args:
+            names: the constraints'; figures named `cost` alone are the first one's, `cost_<name>` the others'.
+            other: the reference's responses to the same prompts.
+            kinds: of the prompts, "" unknown; with them `cost/<kind>` and, on benign ones, `over_refusal`.
+        """
+        figures: dict[str, Estimate | None] = {
             "reward": self.reward(),
             "cost": self.cost(names[0]),
             "safe_rate": self.safe_rate(names),
@@ -76,7 +84,26 @@ class Measured:
         if other is not None:
             figures["win_rate"] = self.win_rate(other)
         figures |= {f"cost_{name}": self.cost(name) for name in names[1:]}
-        return {name: {"mean": value.mean, "low": value.low, "high": value.high} for name, value in figures.items()}
+        figures |= self._beyond_the_mean(names, other or self, kinds or {})
+        return {
+            name: {"mean": value.mean, "low": value.low, "high": value.high}
+            for name, value in figures.items()
+            if value is not None
+        }
+
+    def _beyond_the_mean(
+        self, names: Sequence[str], reference: Measured, kinds: Mapping[str, str]
+    ) -> dict[str, Estimate | None]:
+        costs, prompts = self.costs(names), self._prompts
+        means = reference.prompt_costs(names[:1])[names[0]]
+        benign = tails.benign_prompts(kinds, dict(zip(map(str, means.index), map(float, means), strict=True)))
+        return {
+            "cvar": tails.cvar(costs[:, 0], prompts),
+            "unsafe_prompts": tails.unsafe_prompts(costs[:, 0], prompts),
+            "reward_where_safe": tails.reward_where_safe(self.table["reward"].to_numpy(float), costs, prompts),
+            "over_refusal": tails.over_refusal(self.table["response"].tolist(), prompts, benign),
+            **{f"cost/{kind}": value for kind, value in tails.cost_by_kind(costs[:, 0], prompts, kinds).items()},
+        }
 
 
 def join_scores(responses: pd.DataFrame, scores: pd.DataFrame, sources: tuple[ArtifactRef, ...] = ()) -> Measured:
