@@ -64,6 +64,8 @@ def align(bench: Workbench, prepared: Prepared, scored: Scored, journal: Journal
     plan = plan_dual(bench, prepared, scored)
     if plan.warning:
         log.warning(plan.warning)
+    if journal is not None:
+        journal.price(plan.price)
     floor = exact_floor(bench, prepared) if bench.config.on_testbed else None
     if floor and any(limit < low for limit, low in zip(plan.settings.limit, floor, strict=True)):
         return Alignment(plan, [], [], [], -1, "infeasible", _below_floor(floor), floor)

@@ -180,7 +180,16 @@ def _truth(result: Record) -> list[str]:
         f"  captured {oracle['captured']:.3f} of the possible gain; a certified policy could reach "
         f"{_number(oracle.get('captured_ceiling'), '.3f')}, one with these scorers "
         f"{_number(oracle.get('scorer_ceiling'), '.3f')}",
+        *_proxy_gap(oracle.get("proxy_gap") or {}),
     ]
+
+
+def _proxy_gap(gaps: Mapping[str, Any]) -> list[str]:
+    """How much better the policy looks to the scorers than it is, beyond what the reference shows."""
+    if not gaps:
+        return []
+    words = ", ".join(f"{name} {gap['gap']:+.3f}" for name, gap in gaps.items())
+    return [f"  over-optimisation (scorers minus truth, policy against reference): {words}"]
 
 
 def _work(result: Record) -> list[str]:

@@ -61,17 +61,17 @@ def plan_experiment(config: ExperimentConfig) -> dict[str, Any]:
     Returns:
         stages: [{name, cached, estimate}], estimate in seconds from earlier runs of the same part,
         None where there was none; margin: [m] or None when the costs are not known yet; memory;
-        warnings.
+        warnings; price: what each limit would cost in reward, [] until the reference's samples are scored.
     """
     check_before_run(config)
     real = open_workbench(config)
     bench = PlanBench(config, real.store, real.scratch_root)
-    margin, warnings = None, []
+    margin, warnings, price = None, [], []
     try:
         prepared = prepare.fn(bench)
         scored = preference_models.fn(bench, prepared)
         dual = plan_dual(bench, prepared, scored)
-        margin, warnings = dual.margins, [dual.warning] if dual.warning else []
+        margin, warnings, price = dual.margins, [dual.warning] if dual.warning else [], dual.price
         alignment = align.fn(bench, prepared, scored, None)
         evaluate.fn(bench, prepared, scored, alignment)
         rest: tuple[str, ...] = ()
@@ -80,7 +80,7 @@ def plan_experiment(config: ExperimentConfig) -> dict[str, Any]:
     known = _seconds_by_stage(bench)
     stages = [{"name": done.label, "cached": done.cached, "estimate": known.get(done.label)} for done in bench.results]
     stages += [{"name": name, "cached": False, "estimate": known.get(name)} for name in rest]
-    return {"stages": stages, "margin": margin, "memory": _memory(config), "warnings": warnings}
+    return {"stages": stages, "margin": margin, "memory": _memory(config), "warnings": warnings, "price": price}
 
 
 def _what_follows(bench: PlanBench) -> tuple[str, ...]:

@@ -42,6 +42,22 @@ def print_plan(plan: Mapping[str, Any], config: ExperimentConfig, console: Conso
     lines += [f"warning: {warning}" for warning in plan.get("warnings") or []]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if plan.get("price"):
+        console.print(_price(plan["price"], config))
+
+
+def _price(rows: Sequence[Mapping[str, Any]], config: ExperimentConfig) -> Table:
+    """What each limit would cost in reward, as the reference's samples predict it."""
+    title = Text(f"what a limit on {config.constraints[0].name} costs, predicted from the reference's samples")
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for head in ("limit", "λ", "reward", "KL", "samples that count", ""):
+        table.add_column(head, justify="right")
+    for row in rows:
+        figures = (f"{row['limit']:.2f}", f"{row['lambda']:.3g}", f"{row['reward']:.2f}", f"{row['kl']:.2f}")
+        note = "yours" if row["asked"] else ""
+        note += "" if row["reachable"] else (", " if note else "") + "out of reach"
+        table.add_row(*figures, f"{row['effective_samples']:.0f}", note)
+    return table
 
 
 def _estimate(stage: Mapping[str, Any]) -> str:

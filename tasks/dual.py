@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from tasks.rounds import measured_from, prompt_strata
 from tasks.workbench import Workbench
 
 CURVE_POINTS = 60
+PRICE_POINTS = 8
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class OfflinePlan:
         settings: how lambda moves, with targets and limits.
         first_lambda: [m] the first round's multipliers.
         warning: what the user should know before training; "" when nothing.
+        price: what each limit would cost in reward, as the samples predict it (`OfflineDual.price_of_limits`).
     """
 
     dual: OfflineDual
@@ -42,6 +45,7 @@ class OfflinePlan:
     settings: DualSettings
     first_lambda: tuple[float, ...]
     warning: str
+    price: list[dict[str, Any]]
 
 
 def plan_dual(bench: Workbench, prepared: Prepared, scored: Scored) -> OfflinePlan:
@@ -62,7 +66,8 @@ def plan_dual(bench: Workbench, prepared: Prepared, scored: Scored) -> OfflinePl
         limit=tuple(limits.tolist()),
     )
     warning = _reach_warning(bench.names, dual, limits, solved)
-    return OfflinePlan(dual, margins.tolist(), settings, tuple(first.tolist()), warning)
+    price = dual.price_of_limits(limits, config.dual.lambda_max, PRICE_POINTS)
+    return OfflinePlan(dual, margins.tolist(), settings, tuple(first.tolist()), warning, price)
 
 
 def offline_dual(bench: Workbench, scored: Scored) -> OfflineDual:

@@ -73,6 +73,19 @@ class Journal:
         if scorers:
             self.tracker.log_points(self.run_id, scorer_points(reports, self._time_of(scorers[-1])))
 
+    def price(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """What each limit would cost, for the Prefect UI, before any round."""
+        heads = ["limit", "λ", "predicted reward", "KL", "samples that count", ""]
+        cells = [
+            [
+                *(f"{row[key]:.3g}" for key in ("limit", "lambda", "reward", "kl", "effective_samples")),
+                " ".join([*["asked for"] * row["asked"], *["out of reach"] * (not row["reachable"])]),
+            ]
+            for row in rows
+        ]
+        table = markdown_table(heads, cells)
+        show_markdown(f"price-{self.key}", f"## What a limit costs\n\n{table}", "predicted from reference samples")
+
     def round(self, rounds: Sequence[Mapping[str, Any]], policy: ArtifactRef) -> None:
         """The latest of the rounds: its training curve, its figures, the table in the Prefect UI."""
         record = rounds[-1]

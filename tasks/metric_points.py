@@ -106,6 +106,8 @@ def result_points(result: Mapping[str, Any], timestamp: int) -> list[MetricPoint
             values[f"test/{figure}"] = estimate
     for figure, value in (result.get("oracle") or {}).items():
         values[f"oracle/{figure}"] = value
+    for name, gap in ((result.get("oracle") or {}).get("proxy_gap") or {}).items():
+        values[f"oracle/proxy_gap/{name}"] = gap.get("gap")
     return _points(values, step, timestamp) + scorer_points(result.get("scorers") or {}, timestamp)
 
 

@@ -55,6 +55,7 @@ def draw_figures(
     lambdas, costs = predicted_curve(plan)
     measured = [(max(item.lambda_), item.cost[0], item.half_width[0]) for item in history]
     figures.predicted_curve(lambdas, costs[:, 0], limits[0], folder / "predicted_cost.png", measured, names[0])
+    figures.price_of_limits(plan.price, limits[0], folder / "price_of_limits.png", names[0])
     columns = {name: item.costs(names)[:, 0] for name, item in test.items()}
     figures.cost_histogram(columns, limits[0], folder / "cost_histogram.png")
 

@@ -77,6 +77,7 @@ def experiment_result(
         "reachable": {
             "at_zero": float(plan.dual.expected(np.zeros(len(names))).costs[0]),
             "floor": float(outcome.floor[0]),
+            "price": plan.price,
         },
         "warnings": [plan.warning] if plan.warning else [],
         "test": figures.pop("policy", None),

@@ -53,7 +53,10 @@ def test_run_ends_with_a_verdict_and_its_evidence(finished: Finished) -> None:
     assert finished.code == {"certified": 0, "not_certified": 3}[result["status"]]
     assert result["rounds"]
     assert result["certificate"]["passed"] == (result["status"] == "certified")
-    assert set(result["test"]) == {"reward", "cost", "safe_rate", "kl", "win_rate"}
+    beyond = {"cvar", "unsafe_prompts", "over_refusal", "cost/benign", "cost/borderline", "cost/harmful"}
+    assert {"reward", "cost", "safe_rate", "kl", "win_rate"} | beyond <= set(result["test"])
+    assert [row["asked"] for row in result["reachable"]["price"]].count(True) == 1
+    assert set(result["oracle"]["proxy_gap"]) == {"reward", "harm"}
     assert result["policy"]["digest"] in digests(finished.home / "store").values()
     assert set(result["scorers"]) == {"reward", "harm"}
     assert result["oracle"]["captured_ceiling"] is not None

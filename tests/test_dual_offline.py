@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -171,3 +172,17 @@ def test_box_newton_step_is_the_constrained_minimiser() -> None:
     np.testing.assert_allclose(bound, [2.0, 0.0], atol=1e-4)
     flat = box_newton_step(np.array([-1.0]), np.zeros((1, 1)), np.array([-1.0]), np.array([3.0]))
     assert flat.tolist() == [3.0]
+
+
+def test_the_price_of_limits_falls_with_them_and_marks_what_is_out_of_reach() -> None:
+    dual = Toy().all_samples()
+    rows = dual.price_of_limits(np.array([0.0]), 20.0, 6)
+    limits, rewards = [row["limit"] for row in rows], [row["reward"] for row in rows]
+    assert limits == sorted(limits, reverse=True)
+    assert [row["limit"] for row in rows if row["asked"]] == [0.0]
+    reached = [row for row in rows if row["reachable"]]
+    assert all(row["cost"] <= row["limit"] + 1e-3 for row in reached)
+    assert len(reached) >= 5
+    assert all(before >= after - 1e-6 for before, after in pairwise(rewards))
+    far = dual.price_of_limits(dual.floor() - 1.0, 20.0, 4)
+    assert [row["reachable"] for row in far if row["asked"]] == [False]

@@ -12,6 +12,7 @@ is to go by, and the first trained round corrects it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.special import logsumexp, softmax
@@ -22,6 +23,8 @@ ITERATIONS = 200
 TOLERANCE = 1e-10
 # A prompt on which one sample has all the weight cannot be told without it.
 LARGEST_WEIGHT = 1 - 1e-9
+# A limit counts as met when the predicted cost is this close to it (cost units).
+REACHED = 1e-3
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,41 @@ class OfflineDual:
     def curve(self, grid: np.ndarray) -> list[OfflinePoint]:
         """The predicted figures along a path of multipliers. Args: grid [G, m] >= 0."""
         return [self.expected(lambda_) for lambda_ in np.asarray(grid, dtype=np.float64)]
+
+    def price_of_limits(self, limits: np.ndarray, lambda_max: float, points: int) -> list[dict[str, Any]]:
+        """What each limit on the first cost would cost in reward, before any training.
+
+        The limits go in equal steps from the cost at λ = 0 to the lowest that the samples can represent, with the
+        given limit among them; the other costs keep theirs.
+
+        Args:
+            limits: [m] float64, the limits asked for.
+            lambda_max: largest multiplier.
+            points: how many steps.
+
+        Returns:
+            loosest first: {limit, lambda, reward, cost, kl, effective_samples, reachable, asked}; `reachable` says
+            whether the predicted cost meets the limit, `asked` marks the given one.
+        """
+        loosest, lowest = self.expected(np.zeros(len(limits))).costs[0], self.floor()[0]
+        grid = {round(float(value), 3) for value in np.linspace(loosest, lowest, points)} | {float(limits[0])}
+        rows = []
+        for limit in sorted(grid, reverse=True):
+            wanted = np.array([limit, *limits[1:]])
+            point = self.expected(self.solve(wanted, lambda_max))
+            rows.append(
+                {
+                    "limit": limit,
+                    "lambda": float(point.lambda_[0]),
+                    "reward": point.reward,
+                    "cost": float(point.costs[0]),
+                    "kl": point.kl,
+                    "effective_samples": point.effective_samples,
+                    "reachable": bool(point.costs[0] <= limit + REACHED),
+                    "asked": limit == float(limits[0]),
+                }
+            )
+        return rows
 
     def floor(self) -> np.ndarray:
         """[m] lowest mean of each cost that the samples can represent, E_x min_j c_j (above the true floor)."""

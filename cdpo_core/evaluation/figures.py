@@ -231,6 +231,22 @@ def predicted_curve(
         panel.legend(loc="upper right")
 
 
+def price_of_limits(rows: Sequence[Mapping[str, Any]], limit: float, path: Path, name: str = "cost") -> None:
+    """Reward over the limit, as the offline dual predicts it before any round.
+
+    Args:
+        rows: `OfflineDual.price_of_limits`; limits that are out of reach are left out.
+        limit: the one asked for.
+        path: the PNG to write.
+        name: the constraint's name.
+    """
+    known = [row for row in rows if row["reachable"]]
+    with drawing(path) as (panel,):
+        panel.plot([row["limit"] for row in known], [row["reward"] for row in known], color=BLUE, marker="o")
+        _limit_line(panel, limit, ORANGE)
+        panel.set(title="What a limit costs, predicted", xlabel=f"limit on {name}", ylabel="mean reward")
+
+
 def _dot(panel: Axes, x: float, value: Any, color: str) -> None:
     mean = _mean(value)
     panel.errorbar([x], [mean], yerr=np.transpose([_ends(value)]), color=color, marker="o", markersize=8)

@@ -88,6 +88,7 @@ def judge(
     record["placements"] = {name: _placed(best, share).tolist() for name, share in PLACEMENTS.items()}
     record["frontier"] = [_frontier_point(problem, best, share) for share in FRONTIER]
     record["scorers"] = {} if held is None else _agreement(problem, *held, names)
+    record["proxy_gap"] = {} if held is None or raw is None else _proxy_gap(problem, raw[~seen], held, names)
     if seen.any():
         trained = everywhere.on(seen)
         own_best = trained.optimum(trained.limits)
@@ -123,6 +124,28 @@ def _scorer_ceiling(problem: Problem, learned: tuple[Array, Array] | None, best:
         return 1.0 if best.feasible else None
     proxy = exact_optimum(problem.log_ref, *learned, problem.limits, problem.beta)
     return problem.captured(proxy.log_policy, best) if proxy.feasible else None
+
+
+def _proxy_gap(
+    problem: Problem, raw: Array, learned: tuple[Array, Array], names: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Over-optimisation: learned minus true, on average under the policy and under the reference, for each score.
+
+    A policy that finds where the scorers err is praised (reward) or excused (cost) beyond the constant error that the
+    reference's responses show: `gap` is the difference. Policies are renormalised over the grammar.
+    """
+    pairs = {"reward": (learned[0], problem.reward)}
+    pairs |= {name: (learned[1][..., index], problem.costs[..., index]) for index, name in enumerate(names)}
+    policy, reference = np.exp(normalised(raw)), np.exp(problem.log_ref)
+    record = {}
+    for name, (found, true) in pairs.items():
+        under = {
+            who: float((weights * (found - true)).sum(1).mean())
+            for who, weights in (("policy", policy), ("reference", reference))
+        }
+        # The reward's level on a prompt is not learned; what the reference shows is taken as its zero.
+        record[name] = {**under, "gap": under["policy"] - under["reference"]}
+    return record
 
 
 def _agreement(problem: Problem, reward: Array, costs: Array, names: Sequence[str]) -> dict[str, Any]:
