@@ -18,7 +18,7 @@ from tasks.journal import Journal
 from tasks.workbench import Workbench
 
 # What the exact judge says of the returned policy itself; the rest is about the world.
-POLICY_FIGURES_OF_ORACLE = ("captured", "support_mass", "true_reward", "true_cost")
+POLICY_FIGURES_OF_ORACLE = ("captured", "support_mass", "true_reward", "true_cost", "true_costs", "true_kl")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def experiment_result(
     lambda_, costs = (each(chosen[key]) if chosen else [None] * len(names) for key in ("lambda", "cost"))
     figures = {name: item.summary(names, outcome.test["reference"]) for name, item in outcome.test.items()}
     run_id = journal.run_id
+    oracle = _oracle(outcome.oracle, feasible=certified is not None)
     result: dict[str, Any] = {
         "name": bench.config.name,
         "status": "infeasible" if certified is None else "certified" if certified.passed else "not_certified",
@@ -69,7 +70,7 @@ def experiment_result(
         "lambda": lambda_[0],
         "chosen_round": chosen["round"] if chosen else None,
         "rounds": list(outcome.rounds),
-        "constraints": constraint_records(names, limits, lambda_, costs, certificates),
+        "constraints": constraint_records(names, limits, lambda_, costs, certificates, oracle),
         "certificate": certificates[0],
         "reachable": {
             "at_zero": float(plan.dual.expected(np.zeros(len(names))).costs[0]),
@@ -79,7 +80,7 @@ def experiment_result(
         "test": figures.pop("policy", None),
         "baselines": figures,
         "scorers": dict(scorers),
-        "oracle": _oracle(outcome.oracle, feasible=certified is not None),
+        "oracle": oracle,
         "stages": [
             {"name": item.label, "seconds": round(item.seconds, 3), "cached": item.cached} for item in bench.results
         ],

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 FIGURES = ("reward", "cost", "safe_rate", "kl", "win_rate")
+# What the testbed's exact judge says of each constraint; its record holds the list of them under the plural.
+ORACLE_FIGURES = ("true_cost", "optimal_cost", "optimal_lambda")
 
 
 def verdict(result: Mapping[str, Any]) -> str:
@@ -45,13 +47,22 @@ def constraint_records(
     lambda_: Sequence[float | None],
     costs: Sequence[float | None],
     certificates: Sequence[Mapping[str, Any] | None],
+    oracle: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """The result's `constraints`: one {name, limit, lambda, cost, certificate} each."""
+    """The result's `constraints`: one {name, limit, lambda, cost, certificate} each.
+
+    With an `oracle` record, also the truth: true_cost, and the exact optimum's optimal_cost and optimal_lambda.
+    """
     rows = zip(names, limits, lambda_, costs, certificates, strict=True)
-    return [
+    records = [
         {"name": name, "limit": limit, "lambda": value, "cost": cost, "certificate": certificate}
         for name, limit, value, cost, certificate in rows
     ]
+    if oracle:
+        for index, record in enumerate(records):
+            values = {name: oracle.get(f"{name}s") for name in ORACLE_FIGURES}
+            record |= {name: value[index] if value else None for name, value in values.items()}
+    return records
 
 
 def each(value: Any) -> list[float]:
