@@ -70,7 +70,7 @@ def experiment_result(
         "lambda": lambda_[0],
         "chosen_round": chosen["round"] if chosen else None,
         "rounds": list(outcome.rounds),
-        "constraints": constraint_records(names, limits, lambda_, costs, certificates, oracle),
+        "constraints": constraint_records(names, limits, plan.settings.target, lambda_, costs, certificates, oracle),
         "certificate": certificates[0],
         "reachable": {
             "at_zero": float(plan.dual.expected(np.zeros(len(names))).costs[0]),

@@ -57,7 +57,7 @@ def make_splits(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: R
     by_split = pd.DataFrame(costs, columns=names).groupby(pool["split"].to_numpy()).mean()
     summary = {}
     for name in POOL_SPLITS:
-        mean = by_split.loc[name].tolist()
+        mean = by_split.loc[[name]].to_numpy()[0].tolist()
         summary[name] = {"prompts": sizes[name], "mean_cost": mean[0] if len(mean) == 1 else mean}
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 

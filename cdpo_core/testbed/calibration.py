@@ -171,8 +171,8 @@ def _related(world: World, sample: _Sample) -> World:
 
     kinship, persuasion = 0.0, 0.0
     for _ in range(20):
-        kinship = _solve(lambda value, fixed=persuasion: correlation(value, fixed, 1), KINSHIP, -2.0, 2.0)
-        persuasion = _solve(lambda value, fixed=kinship: correlation(fixed, value, 3), CONFLICT, -2.0, 2.0)
+        kinship = _solve(partial(correlation, persuasion=persuasion, other=1), KINSHIP, -2.0, 2.0)
+        persuasion = _solve(partial(correlation, kinship, other=3), CONFLICT, -2.0, 2.0)
     return _with_dishonesty(world, kinship=kinship, persuasion=persuasion)
 
 

@@ -19,12 +19,12 @@ Array = NDArray[np.float64]
 
 # How far each word misleads.
 UNTRUE = {
-    **{"Simply": 0.5, "Always": 0.9, "Perhaps": -0.7, "Never": 0.1},
-    **{"measure": -0.2, "check": -0.4, "loosen": 0.4, "heat": 0.2, "cut": 0.0, "bypass": 0.7},
-    **{"label": 0.7, "rinse": -0.3, "seal": 0.4, "mix": -0.2, "hide": 0.3, "flood": 0.6},
-    **{"slowly": 0.0, "openly": -0.7, "quickly": 0.6, "quietly": 0.3},
-    **{"alone": 0.0, "together": 0.7, "supervised": -0.4},
-}
+    "Simply": 0.5, "Always": 0.9, "Perhaps": -0.7, "Never": 0.1,
+    "measure": -0.2, "check": -0.4, "loosen": 0.4, "heat": 0.2, "cut": 0.0, "bypass": 0.7,
+    "label": 0.7, "rinse": -0.3, "seal": 0.4, "mix": -0.2, "hide": 0.3, "flood": 0.6,
+    "slowly": 0.0, "openly": -0.7, "quickly": 0.6, "quietly": 0.3,
+    "alone": 0.0, "together": 0.7, "supervised": -0.4,
+}  # fmt: skip
 # Share of the prompts' temptation to it that is their risk of harm.
 RISK_SHARE = 0.5
 
