@@ -61,6 +61,7 @@ class TestbedConfig(Section):
     sharpness: float = Field(2.0, gt=0, description="Log-odds of an annotator's label per unit of reward or cost.", json_schema_extra={"position": 5})
     calibrated_limit: float = Field(-0.5, description="The cost limit the world is calibrated to have half way between the unconstrained policy and the floor.", json_schema_extra={"position": 6})
     calibrated_beta: float = Field(1.0, gt=0, description="The dpo.beta at which it lies there; another dpo.beta keeps the world and moves its optimum.", json_schema_extra={"position": 7})
+    costs: int = Field(1, ge=1, le=2, description="Costs that the annotators label: 1 is `harm`, 2 adds `dishonesty`, whose calibrated limit is the same.", json_schema_extra={"position": 8})
 
 
 class PolicyConfig(Section):
@@ -227,6 +228,10 @@ class ExperimentConfig(Section):
         names = [constraint.name for constraint in self.constraints]
         if len(set(names)) < len(names):
             raise ValueError(f"constraints: two constraints share a name ({', '.join(names)})")
+        known = ("harm", "dishonesty")[: self.testbed.costs]
+        for index, constraint in enumerate(self.constraints):
+            if self.on_testbed and constraint.labels not in known:
+                raise ValueError(f"constraints.{index}.labels: with testbed.costs {len(known)} there are labels for {', '.join(known)}")
         if self.policy.template != "chat" and self.policy.template.count("{prompt}") != 1:
             raise ValueError("policy.template: must hold {prompt} exactly once, or be `chat`")
         if self.policy.base == "scratch" and self.policy.hidden_size % (2 * self.policy.heads):

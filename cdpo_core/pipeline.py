@@ -43,6 +43,7 @@ TESTBED_DATA = Stage(
     _core("cdpo_core.testbed.annotators:make_world"),
     (
         "testbed.seed",
+        "testbed.costs",
         "testbed.prompts",
         "testbed.pairs_per_prompt",
         "testbed.demonstrations",

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from cdpo_core.evaluation.result import verdict
+from cdpo_core.evaluation.result import cost_figures, verdict
 from tasks.environment import cdpo_home
 
 Record = Mapping[str, Any]
@@ -78,15 +78,17 @@ def print_comparison(result: Record, console: Console) -> None:
 
 
 def _methods(result: Record) -> Table:
-    constraint = result["constraints"][0]
-    cost = "cost [95 %]" if len(result["constraints"]) == 1 else f"{constraint['name']} [95 %]"
-    table = _table("Held-out test prompts", "method", "reward", cost, "limit", "safe", "KL")
+    only = result["constraints"][0] if len(result["constraints"]) == 1 else None
+    costs = cost_figures(result)
+    # Several costs take the room of the interval's ends, and have their limits and λ in a table of their own.
+    heads = ["cost [95 %]", "limit"] if only else [f"{name} ± 95 %" for name in costs]
+    table = _table("Held-out test prompts", "method", "reward", *heads, "safe", "KL")
     for name, figures in _by_method(result).items():
+        cells = [_interval(figures.get("cost")), f"{only['limit']:g}"] if only else []
         table.add_row(
             name,
             _mean(figures.get("reward")),
-            _interval(figures.get("cost")),
-            f"{constraint['limit']:g}",
+            *(cells or [_plus_minus(figures.get(key)) for key in costs.values()]),
             _percent(figures.get("safe_rate")),
             _mean(figures.get("kl")),
         )
@@ -110,12 +112,14 @@ def _by_method(result: Record) -> dict[str, Record]:
     """Test figures by method: the baselines, then the returned policy."""
     rows = dict(result["baselines"])
     if result.get("test"):
-        rows[f"C-DPO (λ = {_lambda(result.get('lambda'))})"] = result["test"]
+        only = len(result["constraints"]) == 1
+        rows[f"C-DPO (λ = {_lambda(result.get('lambda'))})" if only else "C-DPO"] = result["test"]
     return rows
 
 
 def _constraints(result: Record) -> Table:
-    table = _table("Limits", "cost", "limit", "λ", "mean", "bound", "holds")
+    is_known = any(item.get("true_cost") is not None for item in result["constraints"])
+    table = _table("Limits", "cost", "limit", "λ", "mean", "bound", "holds", *["true cost"] * is_known)
     for item in result["constraints"]:
         certificate = item.get("certificate") or {}
         table.add_row(
@@ -125,6 +129,7 @@ def _constraints(result: Record) -> Table:
             _mean(item.get("cost")),
             _number(certificate.get("upper")),
             ("yes" if certificate["passed"] else "no") if certificate else "not tested",
+            *[_number(item.get("true_cost"))] * is_known,
         )
     return table
 
@@ -166,16 +171,21 @@ def _truth(result: Record) -> list[str]:
     oracle = result.get("oracle")
     if not oracle:
         return []
+    costs, optimal_costs, lambdas = (
+        [item.get(name) for item in result["constraints"]] if len(result["constraints"]) > 1 else oracle.get(name)
+        for name in ("true_cost", "optimal_cost", "optimal_lambda")
+    )
     best = (
         f"  the exact optimum: reward {_number(oracle.get('optimal_reward'))}, cost "
-        f"{_number(oracle.get('optimal_cost'))} at λ = {_lambda(oracle.get('optimal_lambda'))}"
+        f"{_number(optimal_costs)} at λ = {_lambda(lambdas)}"
     )
+    limits = ", ".join(f"{item['limit']:g}" for item in result["constraints"])
     if oracle.get("captured") is None:
         return ["Truth, which only the testbed knows:", best]
     return [
         "Truth, which only the testbed knows:",
-        f"  the policy: reward {_number(oracle['true_reward'])}, cost {_number(oracle['true_cost'])} "
-        f"(limit {result['constraints'][0]['limit']:g}), {_number(oracle.get('support_mass'), '.1%')} on the grammar",
+        f"  the policy: reward {_number(oracle['true_reward'])}, cost {_number(costs)} "
+        f"(limit {limits}), {_number(oracle.get('support_mass'), '.1%')} on the grammar",
         best,
         f"  captured {oracle['captured']:.3f} of the possible gain; a certified policy could reach "
         f"{_number(oracle.get('captured_ceiling'), '.3f')}, one with these scorers "
@@ -257,6 +267,12 @@ def _interval(value: Any) -> str:
     if not isinstance(value, Mapping):
         return _number(value)
     return f"{_number(value['mean'])} [{_number(value['low'])}, {_number(value['high'])}]"
+
+
+def _plus_minus(value: Any) -> str:
+    if not isinstance(value, Mapping):
+        return _number(value)
+    return f"{_number(value['mean'])} ± {_number((value['high'] - value['low']) / 2)}"
 
 
 def _percent(value: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from cdpo_core.artifacts import Manifest, Store
 from cdpo_core.errors import InputError
-from cdpo_core.evaluation.result import verdict
+from cdpo_core.evaluation.result import cost_figures, verdict
 
 RECORDS = "results/"
 HOW_TO_NAME = "give the policy's reference as `cdpo run` prints it, <store>/stages/<stage>/<key>.json"
@@ -137,10 +137,11 @@ def _certificates(result: Mapping[str, Any]) -> str:
 
 def _methods(result: Mapping[str, Any]) -> str:
     methods = {**result["baselines"], "this policy": result.get("test")}
-    lines = ["| method | reward | cost | safe rate | KL |", "|---" * 5 + "|"]
+    heads = {"reward": "reward", **cost_figures(result), "safe rate": "safe_rate", "KL": "kl"}
+    lines = [f"| method | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     for name, figures in methods.items():
         if figures:
-            cells = (f"{figures[key]['mean']:.3f}" for key in ("reward", "cost", "safe_rate", "kl"))
+            cells = (f"{figures[key]['mean']:.3f}" for key in heads.values())
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -15,9 +15,10 @@ from typing import Any
 from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.errors import CdpoError
-from cdpo_core.evaluation.result import verdict
+from cdpo_core.evaluation.result import cost_figures, verdict
 from tasks.environment import cdpo_home
 from tasks.metric_points import (
+    constraint_tags,
     result_points,
     result_tags,
     round_points,
@@ -129,6 +130,7 @@ class Journal:
         if result["status"] != "certified" or not config.tracking.register_model:
             return
         tags = {"limit": f"{result['limit']:g}", "lambda": f"{result['lambda']:g}", "experiment": self.key}
+        tags |= constraint_tags(result)
         policy = ArtifactRef(**result["policy"])
         name = config.tracking.model_name or f"cdpo-{config.name}"
         self.tracker.register_policy(self.run_id, name, policy, result["certificate"], tags)
@@ -144,11 +146,12 @@ def tell_failure(tracker: Tracker, run_id: str) -> None:
 
 def verdict_markdown(result: Mapping[str, Any]) -> str:
     """The verdict and the methods' figures, for the Prefect UI."""
+    heads = {"reward": "reward", **cost_figures(result), "safe rate": "safe_rate", "KL": "kl"}
     rows = [
-        [name, *(_interval(figures.get(figure)) for figure in ("reward", "cost", "safe_rate", "kl"))]
+        [name, *(_interval(figures.get(figure)) for figure in heads.values())]
         for name, figures in methods(result).items()
     ]
-    table = markdown_table(["method", "reward", "cost", "safe rate", "KL"], rows)
+    table = markdown_table(["method", *heads], rows)
     return f"## {verdict(result)}\n\n{table}"
 
 
@@ -156,7 +159,8 @@ def methods(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Test figures by method: the baselines, then the returned policy."""
     rows = dict(result["baselines"])
     if result["test"]:
-        rows[f"C-DPO (λ = {result['lambda']:g})"] = result["test"]
+        lambdas = ", ".join(f"{item['lambda']:g}" for item in result["constraints"])
+        rows[f"C-DPO (λ = {lambdas})"] = result["test"]
     return rows
 
 

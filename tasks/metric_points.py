@@ -13,6 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cdpo_core.evaluation.result import ORACLE_FIGURES
+
 if TYPE_CHECKING:
     from cdpo_core.config import ExperimentConfig
 
@@ -95,7 +97,10 @@ def scorer_points(scorers: Mapping[str, Mapping[str, Any]], timestamp: int) -> l
 
 
 def result_points(result: Mapping[str, Any], timestamp: int) -> list[MetricPoint]:
-    """test/* (with _low and _high), oracle/* and scorer/* of a result record, at the step of its last round."""
+    """test/* (with _low and _high), oracle/* and scorer/* of a result record, at the step of its last round.
+
+    With several constraints also oracle/true_cost/<name> and so on, one for each.
+    """
     step = max((int(record["round"]) for record in result.get("rounds") or []), default=0)
     values: dict[str, Any] = {}
     for figure, estimate in (result.get("test") or {}).items():
@@ -108,6 +113,9 @@ def result_points(result: Mapping[str, Any], timestamp: int) -> list[MetricPoint
         values[f"oracle/{figure}"] = value
     for name, gap in ((result.get("oracle") or {}).get("proxy_gap") or {}).items():
         values[f"oracle/proxy_gap/{name}"] = gap.get("gap")
+    constraints = result.get("constraints") or []
+    for item in constraints if len(constraints) > 1 else []:
+        values |= {f"oracle/{figure}/{item['name']}": item.get(figure) for figure in ORACLE_FIGURES}
     return _points(values, step, timestamp) + scorer_points(result.get("scorers") or {}, timestamp)
 
 
@@ -133,8 +141,21 @@ def result_tags(result: Mapping[str, Any]) -> dict[str, str]:
         "status": result.get("status"),
         "lambda": result.get("lambda"),
         **{f"certificate.{key}": value for key, value in (result.get("certificate") or {}).items()},
+        **constraint_tags(result),
     }
     return {name: tag_text(value) for name, value in values.items() if value is not None}
+
+
+def constraint_tags(result: Mapping[str, Any]) -> dict[str, str]:
+    """With several constraints, each one's limit, lambda and certificate: limit.<name>, lambda.<name>, and so on."""
+    constraints = result.get("constraints") or []
+    tags: dict[str, str] = {}
+    for item in constraints if len(constraints) > 1 else []:
+        values = {"limit": item["limit"], "lambda": item["lambda"]}
+        certificate = item.get("certificate") or {}
+        values |= {f"certificate.{key}": certificate.get(key) for key in ("mean", "upper", "passed")}
+        tags |= {f"{key}.{item['name']}": tag_text(value) for key, value in values.items() if value is not None}
+    return tags
 
 
 def tag_text(value: Any) -> str:

@@ -13,6 +13,7 @@ import pandas as pd
 
 from cdpo_core.evaluation import figures
 from cdpo_core.evaluation.measure import Measured
+from cdpo_core.evaluation.result import cost_figures
 from cdpo_core.tables import write_table
 from tasks.dual import OfflinePlan, predicted_curve
 from tasks.environment import cdpo_home
@@ -44,20 +45,29 @@ def draw_figures(
     test: Mapping[str, Measured],
     folder: Path,
 ) -> None:
-    """The lambda trajectory, reward and cost per round, the predicted cost curve, the cost histogram."""
+    """The lambda trajectory; for each constraint reward and cost per round, the predicted cost curve, the histogram.
+
+    The first constraint's files have no suffix, another's ends in its name.
+    """
     names = bench.names
     limits = [item.limit for item in bench.config.constraints]
     rounds = result["rounds"]
     if rounds:
         figures.lambda_trajectory(rounds, names, limits, folder / "lambda_trajectory.png")
-    baselines = {name: {"reward": row["reward"], "cost": row["cost"]} for name, row in result["baselines"].items()}
-    figures.reward_and_cost_per_round(rounds, limits[0], folder / "reward_and_cost.png", baselines)
     lambdas, costs = predicted_curve(plan)
-    measured = [(max(item.lambda_), item.cost[0], item.half_width[0]) for item in history]
-    figures.predicted_curve(lambdas, costs[:, 0], limits[0], folder / "predicted_cost.png", measured, names[0])
     figures.price_of_limits(plan.price, limits[0], folder / "price_of_limits.png", names[0])
-    columns = {name: item.costs(names)[:, 0] for name, item in test.items()}
-    figures.cost_histogram(columns, limits[0], folder / "cost_histogram.png")
+    headings = cost_figures(result)
+    for index, (limit, (name, figure)) in enumerate(zip(limits, headings.items(), strict=True)):
+        suffix = f"_{name}" if index else ""
+        rows = {method: {"reward": row["reward"], "cost": row[figure]} for method, row in result["baselines"].items()}
+        path = folder / f"reward_and_cost{suffix}.png"
+        figures.reward_and_cost_per_round(rounds, limit, path, rows, index, name)
+        measured = [(max(item.lambda_), item.cost[index], item.half_width[index]) for item in history]
+        path, what = folder / f"predicted_cost{suffix}.png", "λ" if len(names) == 1 else "largest λ"
+        figures.predicted_curve(lambdas, costs[:, index], limit, path, measured, names[index], what)
+        columns = {method: item.costs(names)[:, index] for method, item in test.items()}
+        what = f"{name} of a response"
+        figures.cost_histogram(columns, limit, folder / f"cost_histogram{suffix}.png", what)
 
 
 def write_samples(bench: Workbench, prepared: Prepared, test: Mapping[str, Measured], folder: Path) -> None:

@@ -18,7 +18,7 @@ from tasks.journal import Journal
 from tasks.workbench import Workbench
 
 # What the exact judge says of the returned policy itself; the rest is about the world.
-POLICY_FIGURES_OF_ORACLE = ("captured", "support_mass", "true_reward", "true_cost")
+POLICY_FIGURES_OF_ORACLE = ("captured", "support_mass", "true_reward", "true_cost", "true_costs", "true_kl")
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def experiment_result(
     kinds = dict(zip(prompts["prompt_id"], prompts["kind"], strict=True))
     figures = {name: item.summary(names, outcome.test["reference"], kinds) for name, item in outcome.test.items()}
     run_id = journal.run_id
+    oracle = _oracle(outcome.oracle, feasible=certified is not None)
     result: dict[str, Any] = {
         "name": bench.config.name,
         "status": "infeasible" if certified is None else "certified" if certified.passed else "not_certified",
@@ -72,7 +73,7 @@ def experiment_result(
         "lambda": lambda_[0],
         "chosen_round": chosen["round"] if chosen else None,
         "rounds": list(outcome.rounds),
-        "constraints": constraint_records(names, limits, lambda_, costs, certificates),
+        "constraints": constraint_records(names, limits, plan.settings.target, lambda_, costs, certificates, oracle),
         "certificate": certificates[0],
         "reachable": {
             "at_zero": float(plan.dual.expected(np.zeros(len(names))).costs[0]),
@@ -83,7 +84,7 @@ def experiment_result(
         "test": figures.pop("policy", None),
         "baselines": figures,
         "scorers": dict(scorers),
-        "oracle": _oracle(outcome.oracle, feasible=certified is not None),
+        "oracle": oracle,
         "stages": [
             {"name": item.label, "seconds": round(item.seconds, 3), "cached": item.cached} for item in bench.results
         ],

@@ -157,8 +157,8 @@ def test_spread_deals_exact_sizes_and_every_item_anywhere() -> None:
         np.testing.assert_allclose((dealt == name).mean(axis=0), size / 10, atol=0.17)
 
 
-def pool_folder(tmp_path: Path, prompts: int, preferences: int) -> dict[str, Path]:
-    """A data and a scores artifact: kinds with different mean costs, four samples a prompt."""
+def pool_folder(tmp_path: Path, prompts: int, preferences: int, costs: int = 1) -> dict[str, Path]:
+    """A data and a scores artifact: kinds with different mean costs, four samples a prompt, a related second cost."""
     generator = np.random.default_rng(0)
     kinds = np.repeat(KINDS, -(-prompts // 3))[:prompts]
     ids = [f"p{number}" for number in generator.permutation(prompts)]
@@ -172,9 +172,10 @@ def pool_folder(tmp_path: Path, prompts: int, preferences: int) -> dict[str, Pat
             "sample": np.tile(np.arange(4), prompts),
             "reward": 0.0,
             "cost_harm": np.repeat(means, 4) + generator.normal(0, 0.5, 4 * prompts),
-            "cost_other": generator.normal(size=4 * prompts),
         }
     )
+    if costs == 2:
+        scores["cost_other"] = np.repeat(0.5 * means + generator.normal(0, 2, prompts), 4)
     for name, table in (("prompts", frame), ("scores", scores)):
         table.to_parquet(tmp_path / f"{name}.parquet", index=False)
     return {"data": tmp_path, "scores": tmp_path}
@@ -187,8 +188,9 @@ def splits_of(inputs: dict[str, Path], out: Path, **sections: Any) -> pd.DataFra
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_splits_agree_in_kind_and_mean_cost(seed: int, tmp_path: Path) -> None:
-    inputs = pool_folder(tmp_path, 2000, 500)
+@pytest.mark.parametrize(("costs", "most"), [(1, 0.01), (2, 0.05)])
+def test_splits_agree_in_kind_and_mean_costs(costs: int, most: float, seed: int, tmp_path: Path) -> None:
+    inputs = pool_folder(tmp_path, 2000, 500, costs)
     splits = splits_of(inputs, tmp_path / "out", seed=seed)
     prompts, scores = pd.read_parquet(tmp_path / "prompts.parquet"), pd.read_parquet(tmp_path / "scores.parquet")
     assert set(splits["prompt_id"]) == set(prompts.loc[prompts["split"] == "pool", "prompt_id"])
@@ -200,13 +202,15 @@ def test_splits_agree_in_kind_and_mean_cost(seed: int, tmp_path: Path) -> None:
         "test": 200,
     }
     joined = splits.merge(prompts.drop(columns="split"), on="prompt_id")
-    joined["cost"] = joined["prompt_id"].map(scores.groupby("prompt_id")["cost_harm"].mean())
-    means = joined.groupby("split")["cost"].mean()
-    assert means.max() - means.min() < 0.01
+    names = ["cost_harm", "cost_other"][:costs]
+    joined = joined.join(scores.groupby("prompt_id")[names].mean(), on="prompt_id")
+    means = joined.groupby("split")[names].mean()
+    assert (means.max() - means.min()).max() < most
     shares = pd.crosstab(joined["split"], joined["kind"], normalize="index")
     assert (shares.max() - shares.min()).max() < 0.015
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["test"] == {"prompts": 200, "mean_cost": pytest.approx(means["test"])}
+    of_test = means.loc["test"].tolist()
+    assert summary["test"] == {"prompts": 200, "mean_cost": pytest.approx(of_test if costs > 1 else of_test[0])}
 
 
 @pytest.mark.parametrize("seed", range(3))

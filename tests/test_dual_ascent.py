@@ -244,6 +244,28 @@ def test_two_binding_costs() -> None:
         np.testing.assert_allclose(world.exact(history[-1].lambda_), target, atol=0.3)
 
 
+def two(lambda_: tuple[float, float], cost: tuple[float, float], curvature: float = 2.0) -> Round:
+    return Round(lambda_, cost, (0.1, 0.1), ((curvature, 0.0), (0.0, curvature)))
+
+
+@pytest.mark.parametrize(
+    ("done", "next_lambda"),
+    [
+        (two((1.0, 1.0), (-0.5, -1.5)), (1.25, 0.779)),  # each as one cost alone would move
+        (two((1.0, 0.5), (-1.0, -4.0)), (1.0, 0.0)),  # far below its target: slack
+        (two((8.0, 2.0), (-90.0, -1.0)), (2.0, 2.0)),  # falls by a factor of 4 at most
+        (two((1.0, 0.0), (-0.6, -9.0)), (1.2, 0.0)),  # a slack one stays at 0
+    ],
+)
+def test_several_costs_move_as_one_where_they_are_unrelated(done: Round, next_lambda: tuple[float, float]) -> None:
+    assert next_step([done], settings((-1.0, -1.0)), (1.0, 1.0)).lambda_ == next_lambda
+
+
+def test_related_costs_are_moved_together() -> None:
+    done = Round((1.0, 1.0), (-0.5, -0.5), (0.1, 0.1), ((2.0, 1.0), (1.0, 2.0)))
+    assert next_step([done], settings((-1.0, -1.0)), (1.0, 1.0)).lambda_ == (1.17, 1.17)  # 0.5 / (2 + 1)
+
+
 @pytest.mark.parametrize(
     ("history", "changes"),
     [

@@ -93,6 +93,27 @@ def test_tags_of_a_result() -> None:
     assert result_tags({"status": "infeasible", "lambda": None, "certificate": None}) == {"status": "infeasible"}
 
 
+def test_points_and_tags_name_each_of_several_constraints() -> None:
+    truth = {"true_cost": -0.6, "optimal_cost": -0.5, "optimal_lambda": 0.7}
+    passed = {"mean": -0.6, "upper": -0.55, "passed": True, "evidence": []}
+    items = [
+        {"name": "harm", "limit": -0.5, "lambda": 0.8, "certificate": passed, **truth},
+        {"name": "dishonesty", "limit": 1.5, "lambda": 0.0, "certificate": None, "true_cost": 0.1},
+    ]
+    points = {point.name: point.value for point in result_points({"constraints": items}, 123)}
+    assert points == {
+        "oracle/true_cost/harm": -0.6,
+        "oracle/optimal_cost/harm": -0.5,
+        "oracle/optimal_lambda/harm": 0.7,
+        "oracle/true_cost/dishonesty": 0.1,
+    }
+    tags = result_tags({"status": "certified", "lambda": 0.8, "constraints": items})
+    assert tags["certificate.passed.harm"] == "True"
+    assert (tags["lambda.dishonesty"], tags["limit.dishonesty"]) == ("0", "1.5")
+    assert "certificate.passed.dishonesty" not in tags
+    assert result_points({"constraints": items[:1]}, 123) == []
+
+
 def test_params_are_few_and_name_each_limit() -> None:
     assert varying_params(CONFIG)["limit"] == "0"
     two = [ConstraintConfig(name="harm", limit=-0.5), ConstraintConfig(name="privacy", limit=0.25)]

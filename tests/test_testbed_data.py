@@ -92,6 +92,20 @@ def test_the_tables_hold_what_later_stages_read(data: Path) -> None:
     assert quarantine == {"rows": 150, "kept": 150, "quarantined": {}, "examples": []}
 
 
+def test_a_second_cost_adds_its_labels_and_nothing_else(data: Path, tmp_path: Path) -> None:
+    config = ExperimentConfig.model_validate({"testbed": {**SMALL["testbed"], "costs": 2}})
+    make_world(pick(config, TESTBED_DATA.fields), {}, tmp_path, Runtime())
+    one, two = (pd.read_parquet(folder / "preferences.parquet") for folder in (data, tmp_path))
+    assert list(two) == [*one, "safer_dishonesty", "unsafe_dishonesty_0", "unsafe_dishonesty_1"]
+    assert two[list(one)].equals(one)
+    for name in ("prompts", "demonstrations"):
+        assert (tmp_path / f"{name}.parquet").read_bytes() == (data / f"{name}.parquet").read_bytes()
+    assert json.loads((tmp_path / "summary.json").read_text())["labels"] == ["harm", "dishonesty"]
+    world = World.load(tmp_path / "world.json")
+    _, costs = world.score_texts(two["prompt_id"].tolist(), two["response_0"].tolist())
+    assert (costs[two["unsafe_dishonesty_0"] == 1, 1].mean() - costs[two["unsafe_dishonesty_0"] == 0, 1].mean()) > 2
+
+
 def test_annotators_prefer_by_bradley_terry(data: Path) -> None:
     world = World.load(data / "world.json")
     prompts = pd.read_parquet(data / "prompts.parquet")

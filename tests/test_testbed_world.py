@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cdpo_core.config import ConstraintConfig, ExperimentConfig, TestbedConfig
 from cdpo_core.randomness import numpy_stream
 from cdpo_core.testbed import grammar
 from cdpo_core.testbed.annotators import draw_prompts, part_indices
 from cdpo_core.testbed.calibration import calibrate, middle
+from cdpo_core.testbed.dishonesty import UNTRUE
 from cdpo_core.testbed.oracle import exact_optimum
-from cdpo_core.testbed.world import KINDS, World, draw, draw_pairs
+from cdpo_core.testbed.world import KINDS, LABELS, World, draw, draw_pairs
 
 BETA, LIMIT, SHARPNESS = 1.0, -0.5, 2.0
 SEEDS = (0, 1, 2)
@@ -23,8 +26,13 @@ def worlds() -> dict[int, World]:
     return {seed: calibrated(seed) for seed in SEEDS}
 
 
-def calibrated(seed: int, limit: float = LIMIT) -> World:
-    return calibrate(seed, beta=BETA, limit=limit, sharpness=SHARPNESS, pool=pool(seed))
+@pytest.fixture(scope="module")
+def worlds_of_two() -> dict[int, World]:
+    return {seed: calibrated(seed, costs=2) for seed in SEEDS}
+
+
+def calibrated(seed: int, limit: float = LIMIT, costs: int = 1) -> World:
+    return calibrate(seed, beta=BETA, limit=limit, sharpness=SHARPNESS, pool=pool(seed), costs=costs)
 
 
 def pool(seed: int) -> np.ndarray:
@@ -191,3 +199,86 @@ def test_draws_follow_their_distribution() -> None:
     # The second is drawn from what is left: P(1 | first was 0) = 0.3 / 0.5.
     after_zero = pairs[0, pairs[0, :, 0] == 0, 1]
     assert (after_zero == 1).mean() == pytest.approx(0.6, abs=0.02)
+
+
+def test_a_world_with_one_cost_is_what_it_was_before_there_were_two(worlds: dict[int, World], tmp_path: Path) -> None:
+    world = worlds[0]
+    assert world.constants.care == pytest.approx(1.204278, abs=1e-5)
+    assert world.constants.cost_shift == pytest.approx(0.394116, abs=1e-5)
+    reward, costs = world.scores(np.array([[0, 0, 0], [20, 10, 5]]))
+    assert reward[:, 0] == pytest.approx([0.17889, 0.49642], abs=1e-4)
+    assert costs[:, 0, 0] == pytest.approx([-2.90166, 2.17802], abs=1e-4)
+    world.save(tmp_path / "world.json")
+    assert list(json.loads((tmp_path / "world.json").read_text())) == ["seed", "labels", "constants"]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_second_cost_leaves_reward_and_harm_as_they_are(
+    seed: int, worlds: dict[int, World], worlds_of_two: dict[int, World]
+) -> None:
+    parts = pool(seed)[:40]
+    (reward, harm), (reward_of_two, costs) = worlds[seed].scores(parts), worlds_of_two[seed].scores(parts)
+    assert worlds_of_two[seed].labels == ("harm", "dishonesty")
+    assert costs.shape == (*reward.shape, 2)
+    assert np.array_equal(reward, reward_of_two)
+    assert np.array_equal(harm[..., 0], costs[..., 0])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_two_limits_bind_together_with_room_below(seed: int, worlds_of_two: dict[int, World]) -> None:
+    world, parts = worlds_of_two[seed], pool(seed)
+    log_probs = world.demonstrator_log_probs(parts)
+    reward, costs = world.scores(parts)
+    both = exact_optimum(log_probs, reward, costs, [LIMIT, LIMIT], BETA)
+    harm_only = exact_optimum(log_probs, reward, costs, [LIMIT, 1.5], BETA)
+    lower = exact_optimum(log_probs, reward, costs, [LIMIT - 0.4, LIMIT - 0.4], BETA)
+
+    for cost in (0, 1):
+        assert middle(world, parts, BETA, cost) == pytest.approx(LIMIT, abs=1e-5)
+        assert both.at_zero[cost] - LIMIT == pytest.approx(0.88, abs=0.15)
+    assert both.feasible
+    assert lower.feasible, "room for the certificate's margin"
+    assert 0.35 < both.lambda_.min() < both.lambda_.max() < 1.2
+    assert 0.6 < both.kl < 1.2
+    assert harm_only.lambda_[1] == 0
+    assert harm_only.costs[1] > LIMIT + 0.3, "the limit on harm alone does not keep the other"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_second_cost_is_related_to_the_first_and_pays(seed: int, worlds_of_two: dict[int, World]) -> None:
+    world, parts = worlds_of_two[seed], pool(seed)
+    policy = np.exp(world.demonstrator_log_probs(parts))
+    reward, costs = world.scores(parts)
+
+    def within(values: np.ndarray) -> np.ndarray:
+        return values - (policy * values).sum(1, keepdims=True)
+
+    def correlation(a: np.ndarray, b: np.ndarray) -> float:
+        product, squares = policy * within(a) * within(b), (policy * within(a) ** 2, policy * within(b) ** 2)
+        return float(product.sum() / np.sqrt(squares[0].sum() * squares[1].sum()))
+
+    assert 0.15 < correlation(costs[..., 0], costs[..., 1]) < 0.4
+    assert 0.03 < correlation(reward, costs[..., 1]) < 0.2, "misleading answers look helpful"
+    assert np.sqrt((policy * within(costs[..., 1]) ** 2).sum(1).mean()) == pytest.approx(1, abs=0.05)
+    unsafe = (policy * sigmoid(SHARPNESS * costs[..., 1])).sum(1)
+    assert (2 * unsafe * (1 - unsafe)).mean() == pytest.approx(0.15, abs=0.02)
+    assert (unsafe**2).mean() == pytest.approx(0.44, abs=0.05)
+
+
+def test_a_world_with_two_costs_is_rebuilt_from_its_file(tmp_path: Path, worlds_of_two: dict[int, World]) -> None:
+    world = worlds_of_two[1]
+    world.save(tmp_path / "world.json")
+    again = World.load(tmp_path / "world.json")
+    parts = grammar.all_prompts()[:20]
+    assert again == world
+    assert np.array_equal(again.scores(parts)[1], world.scores(parts)[1])
+    _, costs = world.score_texts([grammar.prompt_id(parts[0])], ["Simply measure"])
+    assert np.allclose(costs[0], world.scores(parts[:1])[1].max(1))
+
+
+def test_every_word_of_the_language_has_a_figure_for_both_costs() -> None:
+    assert set(UNTRUE) == set(grammar.WORDS)
+    known = [ConstraintConfig(name=label, labels=label) for label in LABELS]
+    assert ExperimentConfig(testbed=TestbedConfig(costs=2), constraints=known).testbed.costs == len(LABELS)
+    with pytest.raises(ValueError, match=r"constraints\.1\.labels: .* labels for harm"):
+        ExperimentConfig(constraints=known)

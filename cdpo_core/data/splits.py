@@ -1,7 +1,7 @@
 """Splits by prompt: preferences apart from the pool, and the pool into its four parts.
 
 The draw of the splits moves a policy's mean cost more than the certificate's margin does, so the
-pool is stratified by the reference policy's mean cost.
+pool is stratified by the reference policy's mean costs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def make_splits(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: R
     """Stage: the pool's prompts as policy, selection, certificate and test prompts.
 
     Reads `seed` and `data.splits`; inputs `data` and `scores` (of the reference's responses to the
-    pool). Writes splits.parquet (prompt_id, split) and summary.json ({split: {prompts, mean_cost}}).
+    pool). Writes splits.parquet (prompt_id, split) and summary.json ({split: {prompts, mean_cost}},
+    with several costs one mean for each).
 
     Raises:
         InputError: a split would get too few prompts.
@@ -43,28 +44,45 @@ def make_splits(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: R
     prompts = pd.read_parquet(inputs["data"] / "prompts.parquet", columns=["prompt_id", "kind", "split"])
     pool = prompts[prompts["split"] == "pool"].drop(columns="split").reset_index(drop=True)
     scores = pd.read_parquet(inputs["scores"] / "scores.parquet")
-    cost = next(name for name in scores.columns if name.startswith("cost_"))
-    pool["cost"] = pool["prompt_id"].map(scores.groupby("prompt_id")[cost].mean()).astype("float64")
-    if not np.isfinite(pool["cost"]).all():
-        raise ValueError(f"{int((~np.isfinite(pool['cost'])).sum())} prompts of the pool have no finite {cost}")
+    names = [name for name in scores.columns if name.startswith("cost_")]
+    means = scores.groupby("prompt_id")[names].mean().reindex(pool["prompt_id"])
+    costs = means.to_numpy("float64")
+    if not np.isfinite(costs).all():
+        bare = int((~np.isfinite(costs)).any(axis=1).sum())
+        raise ValueError(f"{bare} prompts of the pool have no finite {', '.join(names)}")
     sizes = pool_sizes(len(pool), config.data.splits)
     refuse_small(sizes, len(prompts))
-    pool["split"] = _balanced(pool["kind"].to_numpy(), pool["cost"].to_numpy(), sizes, config.seed)
+    pool["split"] = _balanced(pool["kind"].to_numpy(), costs, sizes, config.seed)
     write_table(pool[["prompt_id", "split"]], out / "splits.parquet")
-    means = pool.groupby("split")["cost"].mean()
-    summary = {name: {"prompts": sizes[name], "mean_cost": float(means[name])} for name in POOL_SPLITS}
+    by_split = pd.DataFrame(costs, columns=names).groupby(pool["split"].to_numpy()).mean()
+    summary = {}
+    for name in POOL_SPLITS:
+        mean = by_split.loc[[name]].to_numpy()[0].tolist()
+        summary[name] = {"prompts": sizes[name], "mean_cost": mean[0] if len(mean) == 1 else mean}
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
 def _balanced(kinds: np.ndarray, costs: np.ndarray, sizes: Mapping[str, int], seed: int) -> np.ndarray:
-    """Of DRAWS stratified draws the one whose splits' mean costs lie closest together (rerandomisation).
+    """Of DRAWS stratified draws the one whose splits' mean costs [P, m] lie closest together (rerandomisation).
 
     One draw leaves a gap, because a prompt more or less of a kind moves a small split's mean.
     """
     generator = numpy_stream(seed, "splits")
-    draws = [spread([kinds, costs], sizes, generator) for _ in range(DRAWS)]
-    gaps = [np.ptp([costs[draw == name].mean() for name in sizes]) for draw in draws]
+    order = alike_order(kinds, costs)
+    draws = [spread(order, sizes, generator) for _ in range(DRAWS)]
+    gaps = [max(np.ptp([cost[draw == name].mean() for name in sizes]) for cost in costs.T.copy()) for draw in draws]
     return draws[int(np.argmin(gaps))]
+
+
+def alike_order(kinds: np.ndarray, costs: np.ndarray) -> list[np.ndarray]:
+    """Sorting keys, the most important first, by which neighbours are alike in kind [P] and in every cost [P, m].
+
+    All costs but the last are cut into bands, as many of each as leaves every cost about equally fine; the last
+    rises in one band and falls in the next, so that neighbours across a border are alike in it too.
+    """
+    bands = round(len(costs) ** (1 / costs.shape[1]))
+    band = costs[:, :-1].argsort(axis=0, kind="stable").argsort(axis=0) * bands // len(costs)
+    return [kinds, *band.T, np.where(band.sum(axis=1) % 2, -costs[:, -1], costs[:, -1])]
 
 
 def split_preferences(

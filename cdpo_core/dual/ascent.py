@@ -140,16 +140,36 @@ def bracket(history: list[Round], settings: DualSettings) -> tuple[float, float]
 
 
 def _newton(history: list[Round], settings: DualSettings) -> tuple[float, ...]:
-    if len(settings.target) == 1:
-        return (round_lambda(_bracketed_newton(history, settings), settings.lambda_max),)
-    base = min(history, key=lambda done: _merit(done, settings))
-    start = np.asarray(base.lambda_)
-    # Far from the base the model is a guess: costs flatten out as λ grows, so its steps come out too long.
-    reach = np.minimum(settings.lambda_max, np.maximum(GROWTH * start, SMALLEST_REACH * settings.lambda_max))
-    step = box_newton_step(-_violation(base, settings), np.asarray(base.hessian), -start, reach - start)
-    # Each round since that came no closer says that the model reached too far.
-    proposal = start + step * 0.5 ** (len(history) - 1 - history.index(base))
+    one = len(settings.target) == 1
+    proposal = [_bracketed_newton(history, settings)] if one else _vector_newton(history, settings)
     return tuple(round_lambda(value, settings.lambda_max) for value in proposal)
+
+
+def _vector_newton(history: list[Round], settings: DualSettings) -> list[float]:
+    """The next λ for several costs: a Newton step from the best round, each round since that came no closer halves it.
+
+    As with one cost, λ_i rises by at most a factor GROWTH and falls in log λ_i, because costs flatten out as λ grows:
+    a plain step down from a λ that is too large goes far past the solution.
+    """
+    base = min(history, key=lambda done: _merit(done, settings))
+    start, hessian = np.asarray(base.lambda_), np.asarray(base.hessian)
+    most = SMALLEST_REACH * settings.lambda_max
+    reach = np.minimum(settings.lambda_max, np.maximum(GROWTH * start, most))
+    gradient = -_violation(base, settings)
+    step = box_newton_step(gradient, hessian, -start, reach - start)
+    # Where λ_i = 0 is not low enough: how far the model would go on.
+    beyond = np.maximum(gradient + hessian @ step, 0) / np.maximum(np.diag(hessian), 1e-9)
+    step = np.where(step <= -start, -start - beyond, step) * 0.5 ** (len(history) - 1 - history.index(base))
+    return [_moved(*figures, most) for figures in zip(start.tolist(), step.tolist(), strict=True)]
+
+
+def _moved(start: float, step: float, most: float) -> float:
+    """λ + step upwards, λ·exp(step/λ) downwards; 0 from a small λ when the step goes far below 0."""
+    if step >= 0 or start == 0:
+        return start + max(step, 0.0)
+    if step < -2 * start and start <= most:
+        return 0.0
+    return start * max(math.exp(max(step / start, -GROWTH)), 1 / GROWTH)
 
 
 def _bracketed_newton(history: list[Round], settings: DualSettings) -> float:
@@ -177,11 +197,7 @@ def _newton_step(base: Round, settings: DualSettings) -> float:
     """
     start, most = base.lambda_[0], SMALLEST_REACH * settings.lambda_max
     step = _excess(base, settings) / max(base.hessian[0][0], 1e-9)
-    if step >= 0:
-        return min(start + step, max(GROWTH * start, most))
-    if step < -2 * start and start <= most:
-        return 0.0
-    return start * max(math.exp(max(step / start, -GROWTH)), 1 / GROWTH)
+    return _moved(start, min(step, max(GROWTH * start, most) - start), most)
 
 
 def _secant(left: Round, right: Round, settings: DualSettings) -> float:

@@ -101,23 +101,31 @@ def reward_and_cost_per_round(
     limit: float,
     path: Path,
     baselines: Mapping[str, Mapping[str, Any]] | None = None,
+    index: int = 0,
+    name: str = "cost",
 ) -> None:
-    """Reward above cost, baselines first, then each round, for the first constraint.
+    """Reward above one constraint's cost, baselines first, then each round.
 
     Args:
-        rounds: records {round, lambda, reward, cost, cost_upper}; lists count by their first entry.
-        limit: the first constraint's limit, calibrated cost units.
+        rounds: records {round, lambda, reward, cost, cost_upper}; of lists it is the constraint's entry.
+        limit: the constraint's limit, calibrated cost units.
         path: the PNG to write.
         baselines: name -> {reward, cost}, each a number or {mean, low, high}.
+        index: which constraint.
+        name: the constraint's, for the axis.
     """
-    rows = [(name, record["reward"], record["cost"], None, GREY) for name, record in (baselines or {}).items()]
+    rows: list[tuple[str, Any, Any, Any, str]] = [
+        (method, record["reward"], record["cost"], None, GREY) for method, record in (baselines or {}).items()
+    ]
     for record in rounds:
-        label = f"round {record['round']}\nλ = {_first(record['lambda']):.3g}"
-        rows.append((label, record["reward"], record["cost"], record.get("cost_upper"), BLUE))
+        label = f"round {record['round']}\nλ = {_entry(record['lambda'], index):.3g}"
+        upper = record.get("cost_upper")
+        reach = None if upper is None else _entry(upper, index)
+        rows.append((label, record["reward"], _entry(record["cost"], index), reach, BLUE))
     at = np.arange(len(rows))
     with drawing(path, rows=2, width=max(6.4, 1.2 * len(rows)), height=5.2) as (above, below):
         for x, (_, reward, cost, upper, color) in zip(at, rows, strict=True):
-            bound = {"mean": _mean(cost), "low": _mean(cost), "high": _first(upper)} if upper is not None else cost
+            bound = {"mean": _mean(cost), "low": _mean(cost), "high": upper} if upper is not None else cost
             _dot(above, float(x), reward, color)
             _dot(below, float(x), bound, color)
         for panel in (above, below):
@@ -126,7 +134,7 @@ def reward_and_cost_per_round(
         _limit_line(below, limit, ORANGE)
         above.set_title("Reward and cost, baselines and rounds")
         above.set_ylabel("mean reward")
-        below.set_ylabel("mean cost, with upper bound")
+        below.set_ylabel(f"mean {name}, with upper bound")
         below.set_xticks(at, [label for label, *_ in rows])
         below.set_xlim(-0.5, len(rows) - 0.5)
 
@@ -200,6 +208,7 @@ def predicted_curve(
     path: Path,
     measured: Sequence[tuple[float, float, float]] = (),
     name: str = "cost",
+    what: str = "λ",
 ) -> None:
     """The cost the offline dual predicts over λ, with the rounds' measured costs.
 
@@ -210,6 +219,7 @@ def predicted_curve(
         path: the PNG to write.
         measured: (λ, mean cost, 95 % half-width) of each round.
         name: the constraint's name.
+        what: the x axis's label.
     """
     with drawing(path) as (panel,):
         panel.plot(lambdas, costs, color=BLUE, label="predicted on reference samples")
@@ -226,7 +236,7 @@ def predicted_curve(
                 zorder=3,
             )
         _limit_line(panel, limit, ORANGE)
-        panel.set(title="Cost over λ: predicted and measured", xlabel="λ", ylabel=f"mean {name}")
+        panel.set(title="Cost over λ: predicted and measured", xlabel=what, ylabel=f"mean {name}")
         panel.set_xlim(left=float(lambdas[0]))
         panel.legend(loc="upper right")
 
@@ -300,8 +310,7 @@ def _round_axis(panel: Axes, at: Sequence[int]) -> None:
 
 def _series(rounds: Sequence[Mapping[str, Any]], key: str, index: int) -> list[float]:
     values = [record.get(key) for record in rounds]
-    picked = [value[index] if isinstance(value, (list, tuple)) else value for value in values]
-    return [float("nan") if value is None else float(value) for value in picked]
+    return [float("nan") if value is None else _entry(value, index) for value in values]
 
 
 def _up(means: Sequence[float], uppers: Sequence[float]) -> np.ndarray:
@@ -310,12 +319,13 @@ def _up(means: Sequence[float], uppers: Sequence[float]) -> np.ndarray:
     return np.stack([np.zeros_like(reach), reach])
 
 
-def _first(value: Any) -> float:
-    return float(value[0] if isinstance(value, (list, tuple)) else value)
+def _entry(value: Any, index: int = 0) -> float:
+    """One constraint's entry of a list; a number is every constraint's."""
+    return float(value[index] if isinstance(value, (list, tuple)) else value)
 
 
 def _mean(value: Any) -> float:
-    return float(value["mean"]) if isinstance(value, Mapping) else _first(value)
+    return float(value["mean"]) if isinstance(value, Mapping) else _entry(value)
 
 
 def _ends(value: Any) -> tuple[float, float]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 FIGURES = ("reward", "cost", "safe_rate", "kl", "win_rate")
+# What the testbed's exact judge says of each constraint; its record holds the list of them under the plural.
+ORACLE_FIGURES = ("true_cost", "optimal_cost", "optimal_lambda")
 
 
 def verdict(result: Mapping[str, Any]) -> str:
@@ -42,16 +44,38 @@ def round_record(number: int, lambda_: Sequence[float], figures: Mapping[str, An
 def constraint_records(
     names: Sequence[str],
     limits: Sequence[float],
+    targets: Sequence[float],
     lambda_: Sequence[float | None],
     costs: Sequence[float | None],
     certificates: Sequence[Mapping[str, Any] | None],
+    oracle: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """The result's `constraints`: one {name, limit, lambda, cost, certificate} each."""
-    rows = zip(names, limits, lambda_, costs, certificates, strict=True)
-    return [
-        {"name": name, "limit": limit, "lambda": value, "cost": cost, "certificate": certificate}
-        for name, limit, value, cost, certificate in rows
+    """The result's `constraints`: one {name, limit, target, lambda, cost, certificate} each.
+
+    The target is what training aimed at, the limit less the planned margin. With an `oracle` record, also the truth:
+    true_cost, and the exact optimum's optimal_cost and optimal_lambda.
+    """
+    rows = zip(names, limits, targets, lambda_, costs, certificates, strict=True)
+    records = [
+        {"name": name, "limit": limit, "target": target, "lambda": value, "cost": cost, "certificate": certificate}
+        for name, limit, target, value, cost, certificate in rows
     ]
+    if oracle:
+        for index, record in enumerate(records):
+            values = {name: oracle.get(f"{name}s") for name in ORACLE_FIGURES}
+            record |= {name: value[index] if value else None for name, value in values.items()}
+    return records
+
+
+def cost_figures(result: Mapping[str, Any]) -> dict[str, str]:
+    """By heading, the key of each constraint's cost among the test figures: `cost`, and `cost_<name>` from the second.
+
+    With one constraint its heading is "cost", with several their names.
+    """
+    names = [item["name"] for item in result["constraints"]]
+    if len(names) == 1:
+        return {"cost": "cost"}
+    return {name: f"cost_{name}" if index else "cost" for index, name in enumerate(names)}
 
 
 def each(value: Any) -> list[float]:

@@ -36,7 +36,7 @@ SLIPS = 0.02
 def make_world(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
     """Stage: the testbed's `data` artifact, with world.json beside the tables.
 
-    Reads testbed.{seed, prompts, pairs_per_prompt, demonstrations, sharpness, calibrated_limit},
+    Reads testbed.{seed, costs, prompts, pairs_per_prompt, demonstrations, sharpness, calibrated_limit},
     testbed.calibrated_beta, data.splits and data.held_out.
 
     Raises:
@@ -52,6 +52,7 @@ def make_world(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: Ru
         limit=testbed.calibrated_limit,
         sharpness=testbed.sharpness,
         pool=part_indices(pool),
+        costs=testbed.costs,
     )
     runtime.progress("asking annotators", 1, 3)
     pairs = label_pairs(world, prompts, testbed.pairs_per_prompt, testbed.sharpness)

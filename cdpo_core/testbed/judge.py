@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file, save_file
 
+from cdpo_core.data.splits import alike_order
 from cdpo_core.errors import InputError
 from cdpo_core.models.policy import load_policy
 from cdpo_core.models.scorer import load_scorer
@@ -73,8 +74,8 @@ def enumerate_reference(config: Slice, inputs: Mapping[str, Path], out: Path, ru
 def judged_subset(world: World, prompts: pd.DataFrame, config: Slice) -> pd.DataFrame:
     """The prompts of each split that the judge enumerates, alike to the whole split.
 
-    Within a split the prompts are ordered by kind and by the demonstrators' true mean cost, and taken at
-    equal distances, so that the subset's mean cost stands for the split's.
+    Within a split the prompts are ordered by kind and by the demonstrators' true mean costs, and taken at
+    equal distances, so that the subset's mean costs stand for the split's.
 
     Args:
         world: the world.
@@ -86,8 +87,8 @@ def judged_subset(world: World, prompts: pd.DataFrame, config: Slice) -> pd.Data
         table = prompts[prompts["split"] == split].sort_values("prompt_id", ignore_index=True)
         _, costs = world.true_scores(table["prompt_id"])
         log_probs = world.demonstrator_log_probs_of(table["prompt_id"])
-        mean = (np.exp(log_probs)[..., None] * costs).sum((1, 2))
-        order = np.lexsort([mean, table["kind"].map(KINDS.index).to_numpy(dtype=int)])
+        means = (np.exp(log_probs)[..., None] * costs).sum(1)
+        order = np.lexsort(alike_order(table["kind"].map(KINDS.index).to_numpy(dtype=int), means)[::-1])
         count = min(len(order), config.evaluation.judged_prompts)
         places = ((np.arange(count) + 0.5) / max(count, 1) * len(order)).astype(int)
         chosen.append(table.iloc[np.sort(order[places])])

@@ -56,7 +56,7 @@ def judge(
     seen: NDArray[np.bool_],
     names: Sequence[str],
 ) -> dict[str, Any]:
-    """The `oracle` record; scalar costs, limits and multipliers in it are the first constraint's.
+    """The `oracle` record; scalar costs, limits and multipliers in it are the first constraint's, lists are all m.
 
     Args:
         everywhere: the problem on all P judged prompts.
@@ -77,6 +77,8 @@ def judge(
         "optimal_reward": best.reward if best.feasible else None,
         "optimal_cost": float(best.costs[0]) if best.feasible else None,
         "optimal_lambda": float(best.lambda_[0]) if best.feasible else None,
+        "optimal_costs": best.costs.tolist() if best.feasible else None,
+        "optimal_lambdas": best.lambda_.tolist() if best.feasible else None,
         "optimal_kl": best.kl if best.feasible else None,
         "at_zero": float(best.at_zero[0]),
         "floor": float(best.floor[0]),

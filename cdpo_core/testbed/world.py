@@ -3,7 +3,8 @@
 A prompt has a risk, the sum of its parts' leanings, and two topics. A gate rises from 0 on benign to
 1 on harmful prompts and decides how much harm a word does there and whether raters mind it. All
 tables are linear in the prompt's features (1, gate, topic, topic) and in the words of the response;
-the cost is saturated, so that a safe response cannot become ever safer.
+the costs are saturated, so that a safe response cannot become ever safer. A world has one cost, harm,
+or two (dishonesty.py).
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from numpy.typing import NDArray
 
 from cdpo_core.randomness import numpy_stream
 from cdpo_core.testbed import grammar
+from cdpo_core.testbed.dishonesty import RISK_SHARE, DishonestyConstants, temptation, word_table
 
 Array = NDArray[np.float64]
 
 KINDS = ("benign", "borderline", "harmful")
 KIND_SHARES = (0.44, 0.14, 0.42)
-LABELS = ("harm",)
+LABELS = ("harm", "dishonesty")
 
 TOPICS = 2
 GATE_SLOPE = 3.0
@@ -75,23 +77,31 @@ class World:
     Attributes:
         seed: draws what words and parts mean in this world.
         constants: its calibration.
-        labels: the costs' names, m of them.
+        dishonesty: the second cost's; None for a world with one cost.
     """
 
     seed: int
     constants: Constants = field(default_factory=Constants)
-    labels: tuple[str, ...] = LABELS
+    dishonesty: DishonestyConstants | None = None
 
     @classmethod
     def load(cls, path: Path) -> World:
         """Rebuild a world from its world.json."""
         record = json.loads(path.read_text())
-        return cls(record["seed"], Constants(**record["constants"]), tuple(record["labels"]))
+        second = record.get("dishonesty")
+        return cls(record["seed"], Constants(**record["constants"]), DishonestyConstants(**second) if second else None)
 
     def save(self, path: Path) -> None:
         """Write world.json: all that `load` needs."""
         record = {"seed": self.seed, "labels": list(self.labels), "constants": asdict(self.constants)}
+        if self.dishonesty is not None:
+            record["dishonesty"] = asdict(self.dishonesty)
         path.write_text(json.dumps(record, indent=1) + "\n")
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The costs' names, m of them."""
+        return LABELS[:1] if self.dishonesty is None else LABELS
 
     @property
     def responses(self) -> tuple[str, ...]:
@@ -121,9 +131,13 @@ class World:
         constants = self.constants
         reward = constants.reward_scale * (unscaled - constants.care * minded) - constants.reward_shift
         sums = (self.harm_sums(parts) - constants.harm_mean) / constants.harm_scale
-        within = constants.cost_scale * np.tanh(SATURATION * sums) / SATURATION
-        level = constants.level_scale * np.tanh(LEVEL_SLOPE * (self.risk(parts) - constants.level_center))
-        return reward, (level[:, None] + within + constants.cost_shift)[:, :, None]
+        within = saturated(sums, constants.cost_scale)
+        costs = [level(self.risk(parts), constants)[:, None] + within + constants.cost_shift]
+        if self.dishonesty is not None:
+            second = self.dishonesty
+            within = saturated((self.dishonesty_sums(parts) - second.mean) / second.scale, second.cost_scale)
+            costs.append(level(self.temptation(parts), second)[:, None] + within + second.cost_shift)
+        return reward, np.stack(costs, axis=-1)
 
     def true_scores(self, prompt_ids: Iterable[str]) -> tuple[Array, Array]:
         """True reward [P, R] and costs [P, R, m] of every response to every prompt, in their units."""
@@ -154,6 +168,18 @@ class World:
     def harm_sums(self, parts: NDArray[np.int64]) -> Array:
         """[P, R]: the harm of the words in the prompt's light, before units and saturation."""
         return spread(self._features(parts) @ self._tables["cost"])
+
+    def dishonesty_sums(self, parts: NDArray[np.int64]) -> Array:
+        """[P, R]: how far the words mislead, before units and saturation."""
+        constants = self.dishonesty or DishonestyConstants()
+        table = word_table(self.seed, TOPICS) + constants.kinship * self._tables["cost"]
+        table[0] += constants.persuasion * self._tables["reward"][0]
+        return spread(self._features(parts) @ table)
+
+    def temptation(self, parts: NDArray[np.int64]) -> Array:
+        """[P]: how much prompts tempt to dishonest answers, risky ones more."""
+        share = np.sqrt(1 - RISK_SHARE**2)
+        return RISK_SHARE * self.risk(parts) + share * temptation(self.seed, parts)
 
     def _features(self, parts: NDArray[np.int64]) -> Array:
         """[P, 4]: constant, gate, topics."""
@@ -207,6 +233,16 @@ class World:
             "reward_pairs": pairs[0],
             "demonstrator_pairs": pairs[1],
         }
+
+
+def saturated(sums: Array, scale: float) -> Array:
+    """A cost within a prompt: the words' sums, in units of their deviation, flat where they are large."""
+    return scale * np.tanh(SATURATION * sums) / SATURATION
+
+
+def level(risk: Array, constants: Constants | DishonestyConstants) -> Array:
+    """[P]: how far the cost of every response to a prompt of that risk lies up or down."""
+    return constants.level_scale * np.tanh(LEVEL_SLOPE * (risk - constants.level_center))
 
 
 def spread(words: Array) -> Array:
