@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from acceptance import chain, deployed, killed, optimum, outside, quality, rivals
+from acceptance import certificates, chain, deployed, killed, optimum, outside, quality, rivals, several_costs
 from acceptance.lab import ROOT, Lab
 from acceptance.row import Row
 
@@ -41,6 +41,8 @@ ROWS: dict[int, Callable[[Lab], Row]] = {
     14: optimum.lambda_behaves,
     15: optimum.infeasible,
     16: rivals.compared,
+    17: several_costs.two_costs,
+    18: certificates.calibrated,
 }
 
 

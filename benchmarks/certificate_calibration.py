@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from cdpo_core.config import ExperimentConfig
-from cdpo_core.data.splits import POOL_SPLITS, _balanced, pool_sizes
+from cdpo_core.data.splits import POOL_SPLITS, balanced_splits, pool_sizes
 from cdpo_core.dual.certificate import Method, certify, cost_strata, planned_margin, prompt_spread
 from cdpo_core.randomness import numpy_stream
 from cdpo_core.testbed.annotators import draw_prompts, part_indices
@@ -190,7 +190,7 @@ def _world_tests(seed: int) -> Iterator[_Test]:
     for number, value in enumerate(LAMBDAS):
         # Each policy has splits of its own, as each experiment has.
         reference = costs[rows, draw(log_ref, REFERENCE_SAMPLES, generator), 0].mean(1)
-        split = _balanced(kinds, reference, dict.fromkeys(POOL_SPLITS, 0) | sizes, 1000 * seed + number)
+        split = balanced_splits(kinds, reference[:, None], dict.fromkeys(POOL_SPLITS, 0) | sizes, 1000 * seed + number)
         held = np.flatnonzero(split == "certificate")
         policy = tilted(log_ref, reward, costs, np.array([value]), 1.0)
         true = float((np.exp(policy) * costs[..., 0]).sum(1).mean())

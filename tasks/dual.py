@@ -92,6 +92,8 @@ def _margins(bench: Workbench, prepared: Prepared, scored: Scored, dual: Offline
     within = (np.diag(point.hessian) * config.dpo.beta).tolist()
     prompts = {split: _prompts_of(bench, scored, split) for split in ("selection", "certificate")}
     rules = config.certificate
+    # All limits must pass, and their truths hold, together as surely as one alone would.
+    power = (len(limits) - 1 + rules.power) / len(limits)
     reports = scorer_reports(bench, scored.scorers)
     return np.array(
         [
@@ -99,7 +101,7 @@ def _margins(bench: Workbench, prepared: Prepared, scored: Scored, dual: Offline
                 math.sqrt(spread**2 + variance / sampling.certificate),
                 prompts["certificate"],
                 rules.delta,
-                rules.power,
+                power,
                 rules.method,
                 selection_error=math.hypot(
                     math.sqrt((spread**2 + variance / sampling.selection) / prompts["selection"]),

@@ -145,7 +145,9 @@ def test_every_limit_is_met_in_few_rounds(kinds: tuple[str, ...], share: float) 
     assert all((item.lambdas[-1][item.slack] == 0).all() for item in played), "a slack limit has its λ at 0"
 
 
-@pytest.mark.parametrize("kinds", [("middle", "middle"), ("loose", "tight"), ("middle", "slack")])
+@pytest.mark.parametrize(
+    "kinds", [("middle", "middle"), ("loose", "tight"), ("middle", "slack"), ("just slack", "tight")]
+)
 def test_from_zero_the_limits_are_met_too(kinds: tuple[str, ...]) -> None:
     played = [play(seed, kinds, 0.95, "zero") for seed in SEEDS]
     assert max(item.excess.max() for item in played) <= 0

@@ -168,10 +168,11 @@ def test_several_limits(problem: Problem) -> None:
     assert set(record["scorers"]) == {"reward", "harm", "other"}
 
 
-def test_the_judged_prompts_stand_for_their_splits() -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_judged_prompts_stand_for_their_splits(count: int) -> None:
     prompts = draw_prompts(5, 2000, 0.25, 0.2)
     parts = part_indices(prompts[prompts["split"] == "pool"])
-    world = calibrate(5, beta=BETA, limit=LIMIT, sharpness=2.0, pool=parts)
+    world = calibrate(5, beta=BETA, limit=LIMIT, sharpness=2.0, pool=parts, costs=count)
     table = prompts.drop(columns="split").merge(splits_of(prompts), on="prompt_id")
     chosen = judged_subset(world, table, Slice({"evaluation": {"judged_prompts": 60}}))
     shuffled = judged_subset(world, table.sample(frac=1, random_state=1), Slice({"evaluation": {"judged_prompts": 60}}))
@@ -179,16 +180,16 @@ def test_the_judged_prompts_stand_for_their_splits() -> None:
     assert chosen.equals(shuffled)
     assert chosen["split"].value_counts().to_dict() == dict.fromkeys(JUDGED_SPLITS, 60)
 
-    def optimal_cost(names: pd.Series) -> float:
+    def optimal_costs(names: pd.Series) -> list[float]:
         reward, costs = world.true_scores(names)
         log_ref = world.demonstrator_log_probs_of(names)
         tilted = np.exp(normalised(log_ref + reward - 0.8 * costs[..., 0]))
-        return float((tilted * costs[..., 0]).sum(1).mean())
+        return (tilted[..., None] * costs).sum(1).mean(0).tolist()
 
     for split in JUDGED_SPLITS:
         whole = table.loc[table["split"] == split]
         part = chosen.loc[chosen["split"] == split]
-        assert optimal_cost(part["prompt_id"]) == pytest.approx(optimal_cost(whole["prompt_id"]), abs=0.08)
+        assert optimal_costs(part["prompt_id"]) == pytest.approx(optimal_costs(whole["prompt_id"]), abs=0.08)
         shares = whole["kind"].value_counts(normalize=True) - part["kind"].value_counts(normalize=True)
         assert shares.abs().max() < 0.02
 

@@ -52,7 +52,7 @@ def make_splits(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: R
         raise ValueError(f"{bare} prompts of the pool have no finite {', '.join(names)}")
     sizes = pool_sizes(len(pool), config.data.splits)
     refuse_small(sizes, len(prompts))
-    pool["split"] = _balanced(pool["kind"].to_numpy(), costs, sizes, config.seed)
+    pool["split"] = balanced_splits(pool["kind"].to_numpy(), costs, sizes, config.seed)
     write_table(pool[["prompt_id", "split"]], out / "splits.parquet")
     by_split = pd.DataFrame(costs, columns=names).groupby(pool["split"].to_numpy()).mean()
     summary = {}
@@ -62,7 +62,7 @@ def make_splits(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: R
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
-def _balanced(kinds: np.ndarray, costs: np.ndarray, sizes: Mapping[str, int], seed: int) -> np.ndarray:
+def balanced_splits(kinds: np.ndarray, costs: np.ndarray, sizes: Mapping[str, int], seed: int) -> np.ndarray:
     """Of DRAWS stratified draws the one whose splits' mean costs [P, m] lie closest together (rerandomisation).
 
     One draw leaves a gap, because a prompt more or less of a kind moves a small split's mean.

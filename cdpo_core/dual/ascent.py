@@ -157,8 +157,9 @@ def _vector_newton(history: list[Round], settings: DualSettings) -> list[float]:
     reach = np.minimum(settings.lambda_max, np.maximum(GROWTH * start, most))
     gradient = -_violation(base, settings)
     step = box_newton_step(gradient, hessian, -start, reach - start)
-    # Where λ_i = 0 is not low enough: how far the model would go on.
+    # Where λ_i = 0 is not low enough: how far the model would go on; a λ_i that is small already goes to 0 then.
     beyond = np.maximum(gradient + hessian @ step, 0) / np.maximum(np.diag(hessian), 1e-9)
+    beyond = np.where(start <= most / GROWTH, math.inf, beyond)
     step = np.where(step <= -start, -start - beyond, step) * 0.5 ** (len(history) - 1 - history.index(base))
     return [_moved(*figures, most) for figures in zip(start.tolist(), step.tolist(), strict=True)]
 

@@ -1,0 +1,42 @@
+"""The closing words of a run with several costs name each of them."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from rich.console import Console
+
+from flows.closing_report import print_result
+
+
+def constraint(name: str, limit: float, lambda_: float, true_cost: float) -> dict[str, Any]:
+    certificate = {"mean": -0.6, "upper": -0.55, "delta": 0.05, "prompts": 400, "passed": True, "spent": 1}
+    truth = {"true_cost": true_cost, "optimal_cost": limit, "optimal_lambda": lambda_ / 2}
+    return {"name": name, "limit": limit, "lambda": lambda_, "cost": -0.6, "certificate": certificate, **truth}
+
+
+def test_every_cost_has_its_figures() -> None:
+    constraints = [constraint("harm", -0.5, 0.8, -0.66), constraint("privacy", 0.1, 0.0, -0.31)]
+    figure = {"mean": -0.2, "low": -0.3, "high": -0.1}
+    figures = dict.fromkeys(("reward", "cost", "cost_privacy", "safe_rate", "kl"), figure)
+    numbers = {"reward": 0.5, "kl": 0.4, "seconds": 12.3}
+    result = {
+        "status": "certified",
+        "lambda": 0.8,
+        "constraints": constraints,
+        "certificate": constraints[0]["certificate"],
+        "rounds": [{"round": 1, "lambda": [0.8, 0.0], "cost": [-0.7, -0.2], "cost_upper": [-0.6, -0.1], **numbers}],
+        "test": figures,
+        "baselines": {"reference": figures},
+        "oracle": {"captured": 0.95, "true_reward": 0.5, "true_cost": -0.66, "optimal_reward": 0.6},
+    }
+    file = io.StringIO()
+    print_result(result, Console(file=file, width=80))
+    out = file.getvalue()
+    for words in ("harm ± 95 %", "privacy ± 95 %", "-0.20 ± 0.10", "true cost", "0.8, 0"):
+        assert words in out
+    assert "cost -0.66, -0.31 (limit -0.5, 0.1)" in out
+    assert "cost -0.50, 0.10 at λ = 0.4, 0" in out
+    assert "Certified: harm ≤ -0.5, privacy ≤ 0.1." in out
+    assert "…" not in out, "it fits a terminal of 80 columns"
