@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cdpo_core.dual.certificate import certify
+from cdpo_core.dual.certificate import certify, skewness
 from cdpo_core.randomness import numpy_stream
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -42,3 +42,19 @@ def test_on_exact_costs_of_a_world() -> None:
     assert len(rates) == 8
     assert all(rate.passed <= rate.delta + 0.3 for rate in rates if not rate.is_power), "ten policies only"
     assert all(rate.passed >= 0.6 for rate in rates if rate.is_power)
+
+
+def test_skewness_by_hand_and_within_strata() -> None:
+    assert skewness(np.array([0.0, 0.0, 3.0])) == pytest.approx(2**-0.5)
+    assert skewness(np.array([0.0, 0.0, -3.0])) == pytest.approx(-(2**-0.5))
+    assert skewness(np.full(5, 2.0)) == 0
+    strata = np.array(["a", "a", "b", "b"])
+    assert skewness(np.array([0.0, 2.0, 100.0, 102.0]), strata) == pytest.approx(0)
+
+
+def test_upward_skew_raises_the_bound_and_downward_skew_does_not_lower_it() -> None:
+    costs = COSTS["skewed"](numpy_stream(0, "skew"), 400)
+    plain = 1.6486  # Student's 95 % point with 399 degrees of freedom
+    for sign, shift in ((1, skewness(costs) * (2 * plain**2 + 1) / 120), (-1, 0.0)):
+        found = certify(sign * costs, 0.0, 0.05)
+        assert found.upper - found.mean == pytest.approx((plain + shift) * found.sd / 20, rel=1e-4)

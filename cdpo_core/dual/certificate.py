@@ -64,8 +64,11 @@ def certify(
 ) -> Certificate:
     """Test H0: mean cost > limit, on prompts that no training and no choice of policy has seen.
 
-    `t`: passes iff mean + t_{1−δ}·sd/√n <= limit; good for a few hundred prompts and more, optimistic
-    for few prompts with rare large harm. `bounded`: the bound of `betting_upper_bound`, valid for
+    `t`: passes iff mean + t_{1−δ}·sd/√n <= limit, where for costs that are skewed upwards t grows by
+    γ(2t² + 1)/(6√n), the first term of the Edgeworth expansion (Hall 1992, The Bootstrap and Edgeworth Expansion,
+    3.3; Johnson 1978): where a few prompts cost much, a sample without them has a low mean and a small
+    deviation at once. For costs that are skewed downwards t as it is errs on the safe side. Good for a few hundred
+    prompts and more, optimistic for few prompts with rare large harm. `bounded`: the bound of `betting_upper_bound`, valid for
     every n as long as no cost of the policy lies above `high`; costs below `low` count as `low`,
     which can only raise the bound, and a cost seen above `high` fails the test.
 
@@ -93,7 +96,9 @@ def certify(
     mean = float(costs.mean())
     sd, freedom = prompt_spread(costs, strata)
     if method == "t":
-        upper = mean + float(stats.t.ppf(1 - delta, freedom)) * sd / math.sqrt(len(costs))
+        quantile = float(stats.t.ppf(1 - delta, freedom))
+        quantile += max(skewness(costs, strata), 0.0) * (2 * quantile**2 + 1) / (6 * math.sqrt(len(costs)))
+        upper = mean + quantile * sd / math.sqrt(len(costs))
         return Certificate(mean, upper, delta, method, len(costs), upper <= limit, sd)
     if method != "bounded":
         raise ValueError(f"unknown certificate method {method!r}")
@@ -139,6 +144,21 @@ def prompt_spread(prompt_costs: np.ndarray, strata: np.ndarray | None = None) ->
         return 0.0, float(len(costs) - len(groups))
     freedom = variance**2 / sum(part**2 / (len(group) - 1) for part, group in zip(parts, groups, strict=True))
     return math.sqrt(variance), freedom
+
+
+def skewness(prompt_costs: np.ndarray, strata: np.ndarray | None = None) -> float:
+    """Skewness γ of prompts' mean costs, of their deviations within strata where strata are given; 0 without spread.
+
+    Args:
+        prompt_costs: [n] float.
+        strata: [n] labels, or None.
+    """
+    costs = _checked(prompt_costs)
+    groups = np.zeros(len(costs), dtype=int) if strata is None else np.unique(strata, return_inverse=True)[1]
+    means = np.bincount(groups, weights=costs) / np.bincount(groups)
+    deviations = costs - means[groups]
+    spread = float((deviations**2).mean())
+    return float((deviations**3).mean()) / spread**1.5 if spread > 0 else 0.0
 
 
 def cost_strata(
