@@ -68,8 +68,8 @@ def certify(
     γ(2t² + 1)/(6√n), the first term of the Edgeworth expansion (Hall 1992, The Bootstrap and Edgeworth Expansion,
     3.3; Johnson 1978): where a few prompts cost much, a sample without them has a low mean and a small
     deviation at once. For costs that are skewed downwards t as it is errs on the safe side. Good for a few hundred
-    prompts and more, optimistic for few prompts with rare large harm. `bounded`: the bound of `betting_upper_bound`, valid for
-    every n as long as no cost of the policy lies above `high`; costs below `low` count as `low`,
+    prompts and more, optimistic for few prompts with rare large harm. `bounded`: the bound of
+    `betting_upper_bound`, valid for every n as long as no cost of the policy lies above `high`; costs below `low` count as `low`,
     which can only raise the bound, and a cost seen above `high` fails the test.
 
     Args:
