@@ -69,8 +69,8 @@ def certify(
     3.3; Johnson 1978): where a few prompts cost much, a sample without them has a low mean and a small
     deviation at once. For costs that are skewed downwards t as it is errs on the safe side. Good for a few hundred
     prompts and more, optimistic for few prompts with rare large harm. `bounded`: the bound of
-    `betting_upper_bound`, valid for every n as long as no cost of the policy lies above `high`; costs below `low` count as `low`,
-    which can only raise the bound, and a cost seen above `high` fails the test.
+    `betting_upper_bound`, valid for every n as long as no cost of the policy lies above `high`; costs below
+    `low` count as `low`, which can only raise the bound, and a cost seen above `high` fails the test.
 
     Args:
         prompt_costs: [n] float, each prompt's mean cost over its responses.
