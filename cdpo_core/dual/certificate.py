@@ -64,11 +64,8 @@ def certify(
 ) -> Certificate:
     """Test H0: mean cost > limit, on prompts that no training and no choice of policy has seen.
 
-    `t`: passes iff mean + t_{1−δ}·sd/√n <= limit, where for costs that are skewed upwards t grows by
-    γ(2t² + 1)/(6√n), the first term of the Edgeworth expansion (Hall 1992, The Bootstrap and Edgeworth Expansion,
-    3.3; Johnson 1978): where a few prompts cost much, a sample without them has a low mean and a small
-    deviation at once. For costs that are skewed downwards t as it is errs on the safe side. Good for a few hundred
-    prompts and more, optimistic for few prompts with rare large harm. `bounded`: the bound of
+    `t`: the bound of `student_upper_bound`, good for a few hundred prompts and more, optimistic for few
+    prompts with rare large harm. `bounded`: the bound of
     `betting_upper_bound`, valid for every n as long as no cost of the policy lies above `high`; costs below
     `low` count as `low`, which can only raise the bound, and a cost seen above `high` fails the test.
 
@@ -94,11 +91,9 @@ def certify(
     if not 0 < delta < 0.5:
         raise ValueError(f"delta must be in (0, 0.5), not {delta}")
     mean = float(costs.mean())
-    sd, freedom = prompt_spread(costs, strata)
+    sd = prompt_spread(costs, strata)[0]
     if method == "t":
-        quantile = float(stats.t.ppf(1 - delta, freedom))
-        quantile += max(skewness(costs, strata), 0.0) * (2 * quantile**2 + 1) / (6 * math.sqrt(len(costs)))
-        upper = mean + quantile * sd / math.sqrt(len(costs))
+        upper = student_upper_bound(costs, delta, strata)
         return Certificate(mean, upper, delta, method, len(costs), upper <= limit, sd)
     if method != "bounded":
         raise ValueError(f"unknown certificate method {method!r}")
@@ -114,6 +109,25 @@ def certify(
         return Certificate(mean, largest, delta, method, len(costs), False, sd, note)
     upper = betting_upper_bound(costs, delta, low, high)
     return Certificate(mean, upper, delta, method, len(costs), upper <= limit, sd)
+
+
+def student_upper_bound(prompt_costs: np.ndarray, delta: float, strata: np.ndarray | None = None) -> float:
+    """mean + t·sd/√n with t = t_{1−δ} + max(γ, 0)(2 t_{1−δ}² + 1)/(6√n), γ the skewness of the prompts' mean costs.
+
+    The second term is the first one of the Edgeworth expansion (Hall 1992, The Bootstrap and Edgeworth Expansion;
+    Johnson 1978): where a few prompts cost much, a sample without them has a low mean and a small deviation at once.
+    For costs that are skewed downwards Student's t errs on the safe side and stays.
+
+    Args:
+        prompt_costs: [n] float, n >= 2.
+        delta: in (0, 0.5).
+        strata: [n] labels, or None; see `certify`.
+    """
+    costs = _checked(prompt_costs)
+    sd, freedom = prompt_spread(costs, strata)
+    quantile, root = float(stats.t.ppf(1 - delta, freedom)), math.sqrt(len(costs))
+    quantile += max(skewness(costs, strata), 0.0) * (2 * quantile**2 + 1) / (6 * root)
+    return float(costs.mean()) + quantile * sd / root
 
 
 def prompt_spread(prompt_costs: np.ndarray, strata: np.ndarray | None = None) -> tuple[float, float]:
