@@ -45,7 +45,7 @@ def test_a_run_with_two_costs(ran: Finished) -> None:
     drawn = {path.stem for path in report.glob("*.png")}
     both = {f"{what}{suffix}" for what in ("reward_and_cost", "predicted_cost", "cost_histogram") for suffix in
             ("", "_dishonesty")}  # fmt: skip
-    assert drawn == {"lambda_trajectory", *both}
+    assert drawn == {"lambda_trajectory", "price_of_limits", *both}
     assert "policy_cost_dishonesty" in pd.read_parquet(report / "samples.parquet")
     assert len(mlflow_runs(home)) == 1
     _the_model_card_names_both(home, result)
