@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import time
@@ -46,9 +47,10 @@ def connect(tracking: TrackingConfig, home: Path) -> tuple[Any, str, str]:
     with mlflow_errors(InputError, without_secrets(uri), FIX):
         from mlflow import MlflowClient
 
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         artifacts = None if is_http(uri) else local_mlflow(home)[1]
-        return client, uri, _find_or_create_experiment(client, tracking.experiment, artifacts)
+        with _alone_at_the_tables(uri):
+            client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+            return client, uri, _find_or_create_experiment(client, tracking.experiment, artifacts)
 
 
 def given_address(tracking: TrackingConfig) -> str:
@@ -116,6 +118,20 @@ def without_secrets(text: str) -> str:
 def _holds_password(uri: str) -> bool:
     login = _LOGIN.search(uri)
     return bool(_SECRET.search(uri) or (login and ":" in login["login"]))
+
+
+@contextmanager
+def _alone_at_the_tables(uri: str) -> Iterator[None]:
+    """Hold the sqlite file's lock: two clients that make a new database's tables at once both fail."""
+    from sqlalchemy import make_url
+
+    database = make_url(uri).database if uri.startswith("sqlite:") else None
+    if not database or database == ":memory:":
+        yield
+        return
+    with open(f"{database}.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _find_or_create_experiment(client: Any, name: str, artifacts: str | None) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +198,21 @@ def test_racing_processes_get_one_run(tracker: Tracker, store: LocalStore, mlflo
     assert len(found) == len(racers)
     assert len(set(found)) == 1
     assert [run.info.run_id for run in _runs(tracker)] == [found[0]]
+
+
+def test_processes_that_open_a_new_database_at_once(tmp_path: Path) -> None:
+    words = f"""
+import time
+from pathlib import Path
+from cdpo_core.config import TrackingConfig
+from tasks.mlflow_connection import connect
+import mlflow
+time.sleep(max(0.0, {time.time() + 8} - time.time()))
+connect(TrackingConfig(), Path({str(tmp_path)!r}))
+"""
+    racers = [subprocess.Popen([sys.executable, "-c", words], stderr=subprocess.PIPE) for _ in range(3)]
+    errors = [racer.communicate()[1].decode() for racer in racers]
+    assert [racer.returncode for racer in racers] == [0, 0, 0], errors
 
 
 def test_many_points_go_in_batches(tracker: Tracker) -> None:
