@@ -114,6 +114,11 @@ def skewed_down(generator: np.random.Generator, count: int) -> np.ndarray:
     return -skewed(generator, count)
 
 
+def heavy_tailed(generator: np.random.Generator, count: int) -> np.ndarray:
+    """Extreme prompts on both sides: Student's distribution with 4 degrees of freedom, which has no kurtosis."""
+    return 1.5 * generator.standard_t(4, count)
+
+
 def clustered(generator: np.random.Generator, count: int) -> np.ndarray:
     """Means of two responses each to prompts of three kinds, harmless, borderline and harmful."""
     kinds = generator.choice([-3.0, 0.5, 3.0], size=count, p=[0.5, 0.0 + 0.1, 0.4]) + 0.25
@@ -130,6 +135,7 @@ COSTS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "normal": normal,
     "skewed": skewed,
     "skewed down": skewed_down,
+    "heavy-tailed": heavy_tailed,
     "clustered": clustered,
 }
 

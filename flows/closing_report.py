@@ -9,10 +9,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from cdpo_core.evaluation.result import cost_figures, verdict
+from cdpo_core.evaluation.result import cost_figures, tail_figures, verdict
 from tasks.environment import cdpo_home
 
 Record = Mapping[str, Any]
+SHARES = ("unsafe_prompts", "over_refusal")
 
 
 def print_result(result: Record, console: Console) -> None:
@@ -24,7 +25,7 @@ def print_result(result: Record, console: Console) -> None:
         console.print(_constraints(result))
     if result["rounds"]:
         console.print(_rounds(result))
-    lines = [*_scorers(result), *_truth(result), *_work(result)]
+    lines = [*_scorers(result), *_truth(result), *_price(result), *_work(result)]
     _print(console, "", *lines, "")
     style = "bold green" if result["status"] == "certified" else "bold yellow"
     console.print(verdict(result), style=style, markup=False, highlight=False, soft_wrap=True)
@@ -60,14 +61,15 @@ def print_comparison(result: Record, console: Console) -> None:
     """The table of a comparison, one block a limit, and where its files are."""
     for limit in dict.fromkeys(row["limit_name"] for row in result["table"]):
         rows = [row for row in result["table"] if row["limit_name"] == limit]
-        heads = ("kept", "reward", "behind ours", "cost", "captured", "CPU s")
+        heads = ("kept", "reward", "r − βKL", "behind", "cost", "captured", "CPU s")
         table = _table(f"limit {limit} ({rows[0]['limit']:.2f})", "method", *heads)
         for row in rows:
             table.add_row(
                 row["title"],
                 f"{row['kept']}/{row['seeds']}",
                 _mean(row["reward"]),
-                _mean(row["ahead"]),
+                _mean(row["objective"]),
+                _mean(row["ahead_objective"]),
                 _mean(row["cost"]),
                 _mean(row["captured"]),
                 f"{row['compute']['cpu_seconds']:.0f}",
@@ -96,15 +98,10 @@ def _methods(result: Record) -> Table:
 
 
 def _tails(result: Record) -> Table:
-    kinds = [name for name in result["baselines"]["reference"] if name.startswith("cost/")]
-    heads = [name.replace("/", " ") for name in kinds]
-    table = _table(
-        "Beyond the mean", "method", "worst 10 %", "unsafe prompts", "over-refusal", "reward where safe", *heads
-    )
+    heads = tail_figures(result)
+    table = _table("Beyond the mean", "method", *heads)
     for name, figures in _by_method(result).items():
-        shares = [_percent(figures.get(share)) for share in ("unsafe_prompts", "over_refusal")]
-        means = [_mean(figures.get(figure)) for figure in ("reward_where_safe", *kinds)]
-        table.add_row(name, _mean(figures.get("cvar")), *shares, *means)
+        table.add_row(name, *((_percent if key in SHARES else _mean)(figures.get(key)) for key in heads.values()))
     return table
 
 
@@ -200,6 +197,17 @@ def _proxy_gap(gaps: Mapping[str, Any]) -> list[str]:
         return []
     words = ", ".join(f"{name} {gap['gap']:+.3f}" for name, gap in gaps.items())
     return [f"  over-optimisation (scorers minus truth, policy against reference): {words}"]
+
+
+def _price(result: Record) -> list[str]:
+    """What a tighter limit would cost here (λ is the dual's slope), and how far limits can go at all."""
+    reachable, lambda_ = result.get("reachable") or {}, result.get("lambda")
+    if len(result["constraints"]) > 1 or lambda_ is None or reachable.get("floor") is None:
+        return []
+    return [
+        f"Price of the limit: 0.1 lower costs about {0.1 * lambda_:.3f} of reward − β KL. By the reference's samples a "
+        f"policy can have costs from {reachable['at_zero']:.2f} (λ = 0) down to {reachable['floor']:.2f}"
+    ]
 
 
 def _work(result: Record) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from cdpo_core.artifacts import Manifest, Store
 from cdpo_core.errors import InputError
-from cdpo_core.evaluation.result import cost_figures, verdict
+from cdpo_core.evaluation.result import cost_figures, tail_figures, verdict
 
 RECORDS = "results/"
 HOW_TO_NAME = "give the policy's reference as `cdpo run` prints it, <store>/stages/<stage>/<key>.json"
@@ -101,6 +101,7 @@ def model_card(manifest: Manifest, result: Mapping[str, Any] | None) -> str:
     ]
     if result:
         parts += ["## Certificate", _certificates(result), "## Held-out test prompts", _methods(result)]
+        parts += ["## Beyond the mean", _figures(result, tail_figures(result))]
     parts += ["## Origin", _origin(manifest, result)]
     return "\n\n".join(parts) + "\n"
 
@@ -136,12 +137,17 @@ def _certificates(result: Mapping[str, Any]) -> str:
 
 
 def _methods(result: Mapping[str, Any]) -> str:
+    return _figures(result, {"reward": "reward", **cost_figures(result), "safe rate": "safe_rate", "KL": "kl"})
+
+
+def _figures(result: Mapping[str, Any], heads: Mapping[str, str]) -> str:
+    """A row for each method, a column for each figure; empty where a method has none."""
     methods = {**result["baselines"], "this policy": result.get("test")}
-    heads = {"reward": "reward", **cost_figures(result), "safe rate": "safe_rate", "KL": "kl"}
     lines = [f"| method | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     for name, figures in methods.items():
         if figures:
-            cells = (f"{figures[key]['mean']:.3f}" for key in heads.values())
+            known = (figures.get(key) for key in heads.values())
+            cells = ("" if figure is None else f"{figure['mean']:.3f}" for figure in known)
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

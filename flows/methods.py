@@ -133,7 +133,7 @@ def method_record(world: World, run: Trained, method: Method, tuned: Tuned) -> d
     """A method's policy on the test prompts and, on the testbed, before the exact judge.
 
     Returns:
-        {method, title, seed, lambda, rounds, met, settings, test, oracle, compute, policy}.
+        {method, title, seed, beta, lambda, rounds, met, settings, test, oracle, compute, policy}.
     """
     bench, config = run.bench, run.bench.config
     oracle: dict[str, Any] = {}
@@ -146,6 +146,7 @@ def method_record(world: World, run: Trained, method: Method, tuned: Tuned) -> d
         "method": method.name,
         "title": method.title,
         "seed": config.seed,
+        "beta": config.dpo.beta,
         "lambda": run.lambda_,
         "rounds": run.rounds if method.kind == "cdpo" else None,
         "met": run.met,

@@ -88,7 +88,10 @@ class ComparisonJournal:
         run_id = self.tracker.run_for(key, rows[0]["title"], parent_run_id=self.run_id)
         points = []
         for step, row in enumerate(rows):
-            values = {f"compare/{name}": (row[name] or {}).get("mean") for name in ("reward", "cost", "kl", "captured")}
+            values = {
+                f"compare/{name}": (row[name] or {}).get("mean")
+                for name in ("reward", "objective", "cost", "kl", "captured")
+            }
             values |= {"compare/limit": row["limit"], "compare/kept": row["kept"] / row["seeds"]}
             values |= {f"compare/{name}": value for name, value in row["compute"].items()}
             points += [
@@ -103,6 +106,8 @@ HEADS = (
     "method",
     "kept",
     "reward",
+    "ours ahead by",
+    "reward − β KL",
     "ours ahead by",
     "cost",
     "captured",
@@ -122,6 +127,8 @@ def comparison_rows(table: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             f"{row['kept']}/{row['seeds']}",
             _interval(row["reward"]),
             _interval(row["ahead"]),
+            _interval(row["objective"]),
+            _interval(row["ahead_objective"]),
             _interval(row["cost"]),
             "" if row["captured"] is None else f"{row['captured']['mean']:.3f}",
             "" if row["rounds"] is None else f"{row['rounds']['mean']:.1f}",

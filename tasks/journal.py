@@ -15,7 +15,7 @@ from typing import Any
 from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.errors import CdpoError
-from cdpo_core.evaluation.result import cost_figures, verdict
+from cdpo_core.evaluation.result import cost_figures, tail_figures, verdict
 from tasks.environment import cdpo_home
 from tasks.metric_points import (
     constraint_tags,
@@ -147,12 +147,16 @@ def tell_failure(tracker: Tracker, run_id: str) -> None:
 def verdict_markdown(result: Mapping[str, Any]) -> str:
     """The verdict and the methods' figures, for the Prefect UI."""
     heads = {"reward": "reward", **cost_figures(result), "safe rate": "safe_rate", "KL": "kl"}
+    means, tails = _by_method(result, heads), _by_method(result, tail_figures(result))
+    return f"## {verdict(result)}\n\n{means}\n\n### Beyond the mean\n\n{tails}"
+
+
+def _by_method(result: Mapping[str, Any], heads: Mapping[str, str]) -> str:
     rows = [
         [name, *(_interval(figures.get(figure)) for figure in heads.values())]
         for name, figures in methods(result).items()
     ]
-    table = markdown_table(["method", *heads], rows)
-    return f"## {verdict(result)}\n\n{table}"
+    return markdown_table(["method", *heads], rows)
 
 
 def methods(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

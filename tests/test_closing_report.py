@@ -7,13 +7,40 @@ from typing import Any
 
 from rich.console import Console
 
+from cdpo_core.evaluation.result import tail_figures
 from flows.closing_report import print_result
+from flows.export import _figures
+from tasks.journal import verdict_markdown
 
 
 def constraint(name: str, limit: float, lambda_: float, true_cost: float) -> dict[str, Any]:
     certificate = {"mean": -0.6, "upper": -0.55, "delta": 0.05, "prompts": 400, "passed": True, "spent": 1}
     truth = {"true_cost": true_cost, "optimal_cost": limit, "optimal_lambda": lambda_ / 2}
     return {"name": name, "limit": limit, "lambda": lambda_, "cost": -0.6, "certificate": certificate, **truth}
+
+
+def test_one_cost_has_its_price_and_what_is_beyond_the_mean() -> None:
+    figure = {"mean": 0.25, "low": 0.2, "high": 0.3}
+    figures = dict.fromkeys(("reward", "cost", "safe_rate", "kl", "cvar", "unsafe_prompts", "cost/harmful"), figure)
+    only = constraint("harm", -0.5, 0.8, -0.66)
+    result = {
+        "status": "certified",
+        "lambda": 0.8,
+        "constraints": [only],
+        "certificate": only["certificate"],
+        "reachable": {"at_zero": 0.31, "floor": -1.42},
+        "rounds": [],
+        "test": figures,
+        "baselines": {"reference": {**figures, "over_refusal": None}},
+    }
+    file = io.StringIO()
+    print_result(result, Console(file=file, width=120))
+    out = file.getvalue()
+    assert "0.1 lower costs about 0.080 of reward − β KL" in out
+    assert "from 0.31 (λ = 0) down to -1.42" in out
+    for text in (out, verdict_markdown(result), _figures(result, tail_figures(result))):
+        assert all(words in text for words in ("worst 10 %", "unsafe prompts", "cost harmful"))
+    assert "| reference | 0.250 | 0.250 |  |  | 0.250 |" in _figures(result, tail_figures(result))
 
 
 def test_every_cost_has_its_figures() -> None:

@@ -24,10 +24,18 @@ from tasks.comparison import comparison_markdown
 
 
 def record(method: str, seed: int, reward: float, cost: float, limit: float = -0.5, **more: Any) -> dict[str, Any]:
-    oracle = {"true_reward": reward, "true_cost": cost, "captured": 0.9}
+    oracle = {"true_reward": reward, "true_cost": cost, "true_kl": 0.4 if method == "ours" else 1.0, "captured": 0.9}
     compute = {"updates": 400, "generated_tokens": 10.0, "cpu_seconds": 30.0 + seed}
     place = {"limit_name": "middle", "limit": limit, "seed": seed}
-    return {"method": method, "title": method.upper(), **place, "oracle": oracle, "compute": compute, **more}
+    return {
+        "method": method,
+        "title": method.upper(),
+        "beta": 0.5,
+        **place,
+        "oracle": oracle,
+        "compute": compute,
+        **more,
+    }
 
 
 RECORDS = [
@@ -45,7 +53,9 @@ def test_the_table_by_hand() -> None:
     assert rival["ahead"]["mean"] == pytest.approx(0.3)
     half = 12.706 * 0.1 / 2**0.5 * 2**0.5  # Student's 97.5 % point with one degree of freedom, sd/sqrt(2) = 0.1
     assert rival["ahead"]["high"] - rival["ahead"]["mean"] == pytest.approx(half, rel=1e-3)
-    assert ours["ahead"] is None
+    assert rival["objective"]["mean"] == pytest.approx(0.6 - 0.5 * 1.0)
+    assert rival["ahead_objective"]["mean"] == pytest.approx(0.3 + 0.5 * 0.6), "the rival bought reward with KL"
+    assert ours["ahead"] is ours["ahead_objective"] is None
     assert ours["rounds"]["mean"] == 1.5
     assert ours["compute"] == {"updates": 400, "generated_tokens": 10, "cpu_seconds": 30.5, "tuning_cpu_seconds": 0}
 

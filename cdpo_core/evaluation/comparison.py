@@ -13,18 +13,24 @@ import numpy as np
 
 from cdpo_core.evaluation.metrics import Estimate, cluster_mean
 
-FIGURES = ("reward", "cost", "kl", "captured", "support_mass", "rounds")
+FIGURES = ("reward", "objective", "cost", "kl", "captured", "support_mass", "rounds")
 COMPUTE = ("updates", "generated_tokens", "cpu_seconds", "tuning_cpu_seconds")
+Figures = Mapping[str, float | None]
 
 
 def figures_of(record: Mapping[str, Any]) -> dict[str, float | None]:
-    """A record's figures by the names of `FIGURES`; None where there is none."""
+    """A record's figures by the names of `FIGURES`; None where there is none.
+
+    `objective` is E[r] − β KL(π‖π_ref), what every method is to make large: reward alone can be bought with KL.
+    """
     oracle, test = record.get("oracle") or {}, record.get("test") or {}
     measured = {name: (test.get(name) or {}).get("mean") for name in ("reward", "cost", "kl")}
     true = {name: oracle.get(f"true_{name}") for name in ("reward", "cost", "kl")}
     known = {name: measured[name] if true[name] is None else true[name] for name in measured}
+    is_whole = known["reward"] is not None and known["kl"] is not None
     return {
         **known,
+        "objective": known["reward"] - record["beta"] * known["kl"] if is_whole else None,
         "captured": oracle.get("captured"),
         "support_mass": oracle.get("support_mass"),
         "rounds": record.get("rounds"),
@@ -35,18 +41,19 @@ def comparison_table(records: Sequence[Mapping[str, Any]], ours: str) -> list[di
     """One row for each limit and method, in the order in which they first come up.
 
     Args:
-        records: {method, title, limit_name, limit, seed, rounds, test, oracle, compute}.
+        records: {method, title, limit_name, limit, seed, beta, rounds, test, oracle, compute}.
         ours: the method the others' reward is set against.
 
     Returns:
         rows {limit_name, limit (mean over seeds), method, title, seeds, kept (seeds whose cost is within the limit),
-        compute {..: mean}, ahead, and of each figure {mean, low, high} or None}. `ahead` is the mean over seeds of
-        our reward minus the method's, on the same worlds, with its interval: above 0 we are ahead.
+        compute {..: mean}, ahead, ahead_objective, and of each figure {mean, low, high} or None}. `ahead` is the mean
+        over seeds of our reward minus the method's, on the same worlds, with its interval: above 0 we are ahead;
+        `ahead_objective` is the same of the objective.
     """
     rows = []
     for limit_name in dict.fromkeys(record["limit_name"] for record in records):
         here = [record for record in records if record["limit_name"] == limit_name]
-        best = {record["seed"]: figures_of(record)["reward"] for record in here if record["method"] == ours}
+        best = {record["seed"]: figures_of(record) for record in here if record["method"] == ours}
         for method in dict.fromkeys(record["method"] for record in here):
             mine = [record for record in here if record["method"] == method]
             rows.append(_row(mine, best if method != ours else {}))
@@ -66,16 +73,11 @@ def over_seeds(values: Sequence[float | None], fallback: Mapping[str, float] | N
     return {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
 
 
-def _row(records: Sequence[Mapping[str, Any]], ours: Mapping[int, float | None]) -> dict[str, Any]:
+def _row(records: Sequence[Mapping[str, Any]], ours: Mapping[int, Figures]) -> dict[str, Any]:
     figures = [figures_of(record) for record in records]
     test = records[0].get("test") or {}
     pairs = list(zip(figures, records, strict=True))
     kept = [item["cost"] is not None and item["cost"] <= record["limit"] for item, record in pairs]
-    gaps = [
-        best - item["reward"]
-        for item, record in pairs
-        if (best := ours.get(record["seed"])) is not None and item["reward"] is not None
-    ]
     spent = [record["compute"] for record in records]
     return {
         "limit_name": records[0]["limit_name"],
@@ -85,6 +87,18 @@ def _row(records: Sequence[Mapping[str, Any]], ours: Mapping[int, float | None])
         "seeds": len(records),
         "kept": sum(kept),
         "compute": {name: float(np.mean([item.get(name) or 0.0 for item in spent])) for name in COMPUTE},
-        "ahead": over_seeds(gaps),
+        "ahead": over_seeds(_gaps(pairs, ours, "reward")),
+        "ahead_objective": over_seeds(_gaps(pairs, ours, "objective")),
         **{name: over_seeds([item[name] for item in figures], test.get(name)) for name in FIGURES},
     }
+
+
+def _gaps(
+    pairs: Sequence[tuple[Figures, Mapping[str, Any]]], ours: Mapping[int, Figures], name: str
+) -> list[float | None]:
+    """Our figure minus the method's, seed by seed; None where one of them is not known."""
+    gaps: list[float | None] = []
+    for item, record in pairs:
+        best, own = ours.get(record["seed"], {}).get(name), item[name]
+        gaps.append(None if best is None or own is None else best - own)
+    return gaps

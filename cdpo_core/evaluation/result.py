@@ -85,3 +85,15 @@ def each(value: Any) -> list[float]:
 
 def _single(values: Sequence[float]) -> Any:
     return float(values[0]) if len(values) == 1 else [float(value) for value in values]
+
+
+def tail_figures(result: Mapping[str, Any]) -> dict[str, str]:
+    """Beyond the mean: headings, and the names of the figures that the result's methods have under them."""
+    heads = {
+        "worst 10 %": "cvar",
+        "unsafe prompts": "unsafe_prompts",
+        "over-refusal": "over_refusal",
+        "reward where safe": "reward_where_safe",
+    }
+    kinds = [name for name in result["baselines"]["reference"] if name.startswith("cost/")]
+    return heads | {name.replace("/", " "): name for name in kinds}
