@@ -11,7 +11,7 @@ from typing import Any
 
 from cdpo_core.artifacts import Manifest, Store
 from cdpo_core.errors import InputError
-from cdpo_core.evaluation.result import cost_figures, tail_figures, verdict
+from cdpo_core.evaluation.result import mean_figures, tail_figures, verdict
 
 RECORDS = "results/"
 HOW_TO_NAME = "give the policy's reference as `cdpo run` prints it, <store>/stages/<stage>/<key>.json"
@@ -100,7 +100,12 @@ def model_card(manifest: Manifest, result: Mapping[str, Any] | None) -> str:
         verdict(result) if result else "No finished run returned this policy: **it carries no certificate**.",
     ]
     if result:
-        parts += ["## Certificate", _certificates(result), "## Held-out test prompts", _methods(result)]
+        parts += [
+            "## Certificate",
+            _certificates(result),
+            "## Held-out test prompts",
+            _figures(result, mean_figures(result)),
+        ]
         parts += ["## Beyond the mean", _figures(result, tail_figures(result))]
     parts += ["## Origin", _origin(manifest, result)]
     return "\n\n".join(parts) + "\n"
@@ -134,10 +139,6 @@ def _certificates(result: Mapping[str, Any]) -> str:
     if spent:
         note += f" Tests these prompts have been spent on: {spent}."
     return "\n".join(lines) + f"\n\n{note}"
-
-
-def _methods(result: Mapping[str, Any]) -> str:
-    return _figures(result, {"reward": "reward", **cost_figures(result), "safe rate": "safe_rate", "KL": "kl"})
 
 
 def _figures(result: Mapping[str, Any], heads: Mapping[str, str]) -> str:

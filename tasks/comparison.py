@@ -15,7 +15,14 @@ from cdpo_core.evaluation.measure import Measured
 from tasks.environment import cdpo_home
 from tasks.journal import tell_failure
 from tasks.metric_points import MetricPoint
-from tasks.prefect_records import announce_run, flow_run_url, link_to_mlflow, markdown_table, show_markdown
+from tasks.prefect_records import (
+    announce_run,
+    flow_run_url,
+    interval_cell,
+    link_to_mlflow,
+    markdown_table,
+    show_markdown,
+)
 from tasks.report import report_folder, write_json
 from tasks.tracking import Tracker, experiment_key
 from tasks.workbench import Workbench, open_workbench
@@ -125,11 +132,11 @@ def comparison_rows(table: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             f"{row['limit_name']} ({row['limit']:.2f})",
             row["title"],
             f"{row['kept']}/{row['seeds']}",
-            _interval(row["reward"]),
-            _interval(row["ahead"]),
-            _interval(row["objective"]),
-            _interval(row["ahead_objective"]),
-            _interval(row["cost"]),
+            interval_cell(row["reward"]),
+            interval_cell(row["ahead"]),
+            interval_cell(row["objective"]),
+            interval_cell(row["ahead_objective"]),
+            interval_cell(row["cost"]),
             "" if row["captured"] is None else f"{row['captured']['mean']:.3f}",
             "" if row["rounds"] is None else f"{row['rounds']['mean']:.1f}",
             f"{row['compute']['updates']:.0f}",
@@ -143,7 +150,3 @@ def comparison_rows(table: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 def comparison_markdown(table: Sequence[Mapping[str, Any]]) -> str:
     """The table in Markdown."""
     return markdown_table(list(HEADS), comparison_rows(table))
-
-
-def _interval(figure: Mapping[str, float] | None) -> str:
-    return "" if figure is None else f"{figure['mean']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"

@@ -15,7 +15,7 @@ from typing import Any
 from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.errors import CdpoError
-from cdpo_core.evaluation.result import cost_figures, tail_figures, verdict
+from cdpo_core.evaluation.result import mean_figures, tail_figures, verdict
 from tasks.environment import cdpo_home
 from tasks.metric_points import (
     constraint_tags,
@@ -29,6 +29,7 @@ from tasks.metric_points import (
 from tasks.prefect_records import (
     announce_run,
     flow_run_url,
+    interval_cell,
     link_to_mlflow,
     markdown_table,
     rounds_markdown,
@@ -146,14 +147,13 @@ def tell_failure(tracker: Tracker, run_id: str) -> None:
 
 def verdict_markdown(result: Mapping[str, Any]) -> str:
     """The verdict and the methods' figures, for the Prefect UI."""
-    heads = {"reward": "reward", **cost_figures(result), "safe rate": "safe_rate", "KL": "kl"}
-    means, tails = _by_method(result, heads), _by_method(result, tail_figures(result))
+    means, tails = _by_method(result, mean_figures(result)), _by_method(result, tail_figures(result))
     return f"## {verdict(result)}\n\n{means}\n\n### Beyond the mean\n\n{tails}"
 
 
 def _by_method(result: Mapping[str, Any], heads: Mapping[str, str]) -> str:
     rows = [
-        [name, *(_interval(figures.get(figure)) for figure in heads.values())]
+        [name, *(interval_cell(figures.get(figure)) for figure in heads.values())]
         for name, figures in methods(result).items()
     ]
     return markdown_table(["method", *heads], rows)
@@ -166,10 +166,6 @@ def methods(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
         lambdas = ", ".join(f"{item['lambda']:g}" for item in result["constraints"])
         rows[f"C-DPO (λ = {lambdas})"] = result["test"]
     return rows
-
-
-def _interval(figure: Mapping[str, float] | None) -> str:
-    return "" if figure is None else f"{figure['mean']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
 
 
 def sweep_tracker(config: ExperimentConfig) -> Tracker:

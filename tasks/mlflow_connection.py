@@ -129,9 +129,15 @@ def _alone_at_the_tables(uri: str) -> Iterator[None]:
     if not database or database == ":memory:":
         yield
         return
-    with open(f"{database}.lock", "a") as lock:
+    try:
+        lock = os.open(f"{database}.lock", os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise InputError(f"no lock beside the MLflow database: {error.strerror}", where=uri, fix=FIX) from error
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)
 
 
 def _find_or_create_experiment(client: Any, name: str, artifacts: str | None) -> str:

@@ -199,6 +199,11 @@ def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, rule, *rows))
 
 
+def interval_cell(figure: Mapping[str, float] | None) -> str:
+    """A figure with its interval for a table's cell; empty where there is none."""
+    return "" if figure is None else f"{figure['mean']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
+
+
 def _mermaid_lines(title: str, at: Sequence[int], lines: Sequence[Sequence[float]]) -> str:
     low, high = min(map(min, lines)), max(map(max, lines))
     room = 0.1 * (high - low) or 0.5

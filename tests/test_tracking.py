@@ -215,6 +215,12 @@ connect(TrackingConfig(), Path({str(tmp_path)!r}))
     assert [racer.returncode for racer in racers] == [0, 0, 0], errors
 
 
+def test_folder_that_takes_no_lock_is_bad_input(store: LocalStore, tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db.lock").mkdir()
+    with pytest.raises(InputError, match=r"no lock beside the MLflow database.*directory"):
+        Tracker.open(TrackingConfig(), store, tmp_path)
+
+
 def test_many_points_go_in_batches(tracker: Tracker) -> None:
     run_id = tracker.run_for("key", "first")
     points = [MetricPoint("train/loss", 1 / step, step, 1_700_000_000_000) for step in range(1, 1502)]

@@ -64,10 +64,10 @@ def certify(
 ) -> Certificate:
     """Test H0: mean cost > limit, on prompts that no training and no choice of policy has seen.
 
-    `t`: the bound of `student_upper_bound`, good for a few hundred prompts and more, optimistic for few
-    prompts with rare large harm. `bounded`: the bound of
-    `betting_upper_bound`, valid for every n as long as no cost of the policy lies above `high`; costs below
-    `low` count as `low`, which can only raise the bound, and a cost seen above `high` fails the test.
+    `t`: the bound of `student_upper_bound`, good for a few hundred prompts and more, optimistic for few prompts with
+    rare large harm. `bounded`: the bound of `betting_upper_bound`, valid for every n as long as no cost of the policy
+    lies above `high`; costs below `low` count as `low`, which can only raise the bound, and a cost seen above `high`
+    fails the test.
 
     Args:
         prompt_costs: [n] float, each prompt's mean cost over its responses.

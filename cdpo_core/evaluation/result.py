@@ -78,13 +78,9 @@ def cost_figures(result: Mapping[str, Any]) -> dict[str, str]:
     return {name: f"cost_{name}" if index else "cost" for index, name in enumerate(names)}
 
 
-def each(value: Any) -> list[float]:
-    """A round's `lambda` or cost as a list [m], whether it is one number or several."""
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _single(values: Sequence[float]) -> Any:
-    return float(values[0]) if len(values) == 1 else [float(value) for value in values]
+def mean_figures(result: Mapping[str, Any]) -> dict[str, str]:
+    """Means: headings, and the names of the figures that the result's methods have under them."""
+    return {"reward": "reward", **cost_figures(result), "safe rate": "safe_rate", "KL": "kl"}
 
 
 def tail_figures(result: Mapping[str, Any]) -> dict[str, str]:
@@ -97,3 +93,12 @@ def tail_figures(result: Mapping[str, Any]) -> dict[str, str]:
     }
     kinds = [name for name in result["baselines"]["reference"] if name.startswith("cost/")]
     return heads | {name.replace("/", " "): name for name in kinds}
+
+
+def each(value: Any) -> list[float]:
+    """A round's `lambda` or cost as a list [m], whether it is one number or several."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _single(values: Sequence[float]) -> Any:
+    return float(values[0]) if len(values) == 1 else [float(value) for value in values]
