@@ -74,6 +74,19 @@ def test_one_seed_has_no_interval_of_its_own() -> None:
     assert over_seeds([None, None]) is None
 
 
+def test_intervals_leave_out_what_the_worlds_alone_differ_by() -> None:
+    poor, rich = {"optimal_reward": 0.5, "optimal_kl": 1.0}, {"optimal_reward": 1.5, "optimal_kl": 1.0}
+    records = [record("ours", 0, 0.4, -0.6, limit=-0.5), record("ours", 1, 1.4, -0.4, limit=-0.3)]
+    for item, level in zip(records, (poor, rich), strict=True):
+        item["oracle"] |= level
+    (row,) = comparison_table(records, "ours")
+    for name, mean in (("reward", 0.9), ("cost", -0.5), ("objective", 0.9 - 0.5 * 0.4)):
+        assert row[name] == pytest.approx({"mean": mean, "low": mean, "high": mean}), "each world has the same distance"
+    del records[1]["oracle"]["optimal_reward"]
+    (row,) = comparison_table(records, "ours")
+    assert row["reward"]["high"] - row["reward"]["mean"] == pytest.approx(12.706 * 0.5, rel=1e-3), "not known in all"
+
+
 def test_table_and_figure_are_drawn(tmp_path: Path) -> None:
     table = comparison_table(RECORDS, "ours")
     text = comparison_markdown(table)

@@ -40,7 +40,8 @@ def comparison_figure(
                 _points(panel, rows, color, MARKERS[place % len(MARKERS)], 4 if method == ours else 3)
         panel.set_xlabel("mean cost (dotted: the limits)")
         panel.set_ylabel("mean reward")
-        panel.set_title("Reward that each method has at its cost, mean over seeds")
+        bars = "bars: 95 % interval" + (" of the distance to the exact optimum" if exact else "")
+        panel.set_title(f"Reward that each method has at its cost, mean over seeds ({bars})", fontsize=10)
         panel.legend(fontsize=8)
 
 
