@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check accept bench up lint format clean
+.PHONY: help env servers demo test test-faults check accept bench up lint format clean
 
 help:  ## Show this menu
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 env: $(STAMP)  ## Make the environment in .venv (python3 and a package index are all it needs)
 
@@ -24,8 +24,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## From nothing to a certified policy on the testbed (under 4 minutes on 2 cores)
 	$(BIN)/cdpo run testbed
 
-test: $(STAMP)  ## Every test (at most 12 minutes on 2 cores)
-	$(BIN)/python -m pytest
+servers:  ## Install the servers that tests talk to (Debian: PostgreSQL, Ceph's S3 gateway, Chromium)
+	bash tests/install_servers.sh
+
+test: $(STAMP)  ## Every test but the next (at most 12 minutes on 2 cores)
+	$(BIN)/python -m pytest -m "not faults"
+
+test-faults: $(STAMP)  ## Kills, outages, sweeps on several workers (tens of minutes on 2 cores)
+	$(BIN)/python -m pytest -m faults
 
 check: $(STAMP) lint  ## The fast loop: lint, types, tests without whole runs and servers
 	$(BIN)/python -m pytest -m "not slow"
