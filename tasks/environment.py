@@ -37,6 +37,9 @@ _QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+TEMPORARY_PREFECT = "CDPO_TEMPORARY_PREFECT"
+"""Set, to its log, where Prefect's server ends with this command, so that its pages are nobody's to open."""
+
 
 def cdpo_home() -> Path:
     """The folder all state lives under, absolute: CDPO_HOME, else `.cdpo` in the working folder (not created)."""

@@ -7,6 +7,7 @@ does not answer is a warning.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.utilities.urls import url_for
 
 from tasks.attempts import end_dead_runs, end_former_attempt, this_process
+from tasks.environment import TEMPORARY_PREFECT
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
@@ -78,7 +80,7 @@ def announce_run(identity: str) -> None:
 def flow_run_url() -> str:
     """The page of the running flow; "" outside a flow run or on a server that ends with this process."""
     run = _this_run()
-    if run is None or not PREFECT_API_URL.value():
+    if run is None or not PREFECT_API_URL.value() or os.environ.get(TEMPORARY_PREFECT):
         return ""
     return url_for("flow-run", obj_id=run.id) or ""
 

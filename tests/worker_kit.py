@@ -73,9 +73,9 @@ class Team:
         finally:
             end_marked(self._marker)
 
-    def deploy(self, pool: str) -> None:
+    def deploy(self) -> None:
         """The project's pools, deployments and automations."""
-        bootstrap(pool)
+        bootstrap()
         make_automations(self.client)
 
     def worker(self, pool: str, home: Path) -> Child:
