@@ -28,6 +28,7 @@ from prefect.utilities.urls import url_for
 
 from tasks.attempts import end_dead_runs, end_former_attempt, this_process
 from tasks.environment import TEMPORARY_PREFECT
+from tasks.orphan import outlive_the_worker
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
@@ -68,6 +69,7 @@ def announce_run(identity: str) -> None:
     """
     run = _this_run()
     assert run is not None
+    outlive_the_worker(run)
     tag = f"experiment:{identity}"
     with get_client(sync_client=True) as client:
         former = client.read_flow_run(run.id)

@@ -8,14 +8,15 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
 import psutil
+import pytest
 from chain_kit import SECONDS, config
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterId,
@@ -25,26 +26,23 @@ from prefect.client.schemas.filters import (
     TaskRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, StateType, TaskRun
+from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling, Scheduled
 
 from deployments.automations import make_automations
 from deployments.bootstrap import bootstrap
-from flows.experiment import sections
+from flows.pools import POOL
 from flows.processes import MARKER, Child, end_marked, free_port, http_json
 from tasks.environment import HEARTBEAT_SECONDS
 
 UNFINISHED = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
+HEARTBEAT = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)}
 DEPLOYMENT = "experiment/experiment"
 
 
 class Team:
-    """A Prefect server with the project's deployments and automations, and workers that come and go.
-
-    Attributes:
-        api: the server's address.
-        client: of the server.
-    """
+    """A Prefect server with the project's deployments and automations, and workers that come and go."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._marker = folder, f"test-{uuid4()}"
@@ -56,45 +54,47 @@ class Team:
             "PREFECT_HOME": str(folder / "prefect"),
             "PREFECT_API_URL": self.api,
             "PREFECT_WORKER_QUERY_SECONDS": "1",
-            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
+            **HEARTBEAT,
         }
         self._environment.pop("MLFLOW_TRACKING_URI", None)
         command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1"]
-        self._server = Child("server", [*command, "--port", str(self._port)], self._environment, folder / "server.log")
-        until(lambda: http_json(f"{self.api}/health") is not None, lambda: self._server.log.read_text()[-3000:])
+        server = Child("server", [*command, "--port", str(self._port)], self._environment, folder / "server.log")
+        until(lambda: http_json(f"{self.api}/health") is not None, lambda: server.log.read_text()[-3000:])
 
-    @contextmanager
-    def open(self) -> Iterator[Team]:
-        """Deploy, and use this server in this process meanwhile; ends whatever was started."""
-        try:
-            with temporary_settings({PREFECT_API_URL: self.api}), get_client(sync_client=True) as client:
-                self.client: SyncPrefectClient = client
-                yield self
-        finally:
-            end_marked(self._marker)
-
-    def deploy(self) -> None:
-        """The project's pools, deployments and automations."""
-        bootstrap()
+        self.client = SyncPrefectClient(self.api)
+        with temporary_settings({PREFECT_API_URL: self.api}):
+            bootstrap()
         make_automations(self.client)
 
-    def worker(self, pool: str, home: Path) -> Child:
-        """A worker of a pool, whose runs keep their state under `home`."""
-        command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--install-policy", "never"]
-        log = home / f"worker-{uuid4().hex[:6]}.log"
-        return Child("worker", command, {**self._environment, "CDPO_HOME": str(home)}, log)
+    def close(self) -> None:
+        """End whatever was started."""
+        end_marked(self._marker)
 
-    def start(self, home: Path, **changes: Any) -> UUID:
-        """Schedule the tiny experiment with all state under `home`; returns the flow run's id."""
-        parameters = {**sections(config()), **changes}
-        plain = {k: v.model_dump() if hasattr(v, "model_dump") else v for k, v in parameters.items()}
-        plain["constraints"] = [item.model_dump() for item in config().constraints]
+    def worker(self, *queues: str, limit: int = 3) -> Child:
+        """A worker that takes the runs of these queues of the experiments' pool, so many at once."""
+        command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--install-policy", "never"]
+        command += ["--limit", str(limit)]
+        for queue in queues:
+            with suppress(ObjectAlreadyExists):
+                self.client.create_work_queue(queue, work_pool_name=POOL)
+            command += ["--work-queue", queue]
+        log = self.folder / f"worker-{queues[0]}-{uuid4().hex[:6]}.log"
+        return Child("worker", command, self._environment, log)
+
+    def start(self, home: Path, queue: str, **sections: Any) -> UUID:
+        """Schedule the tiny experiment with all state under `home`; returns the flow run's id.
+
+        Args:
+            home: the state folder.
+            queue: of the experiments' pool.
+            sections: of the config, instead of the tiny one's.
+        """
         run = self.client.create_flow_run_from_deployment(
             self.client.read_deployment_by_name(DEPLOYMENT).id,
-            parameters=plain,
-            name=home.name,
+            parameters={**config().model_dump(mode="json"), **sections},
             state=Scheduled(),
-            job_variables={"env": {"CDPO_HOME": str(home)}},
+            work_queue_name=queue,
+            job_variables={"env": {"CDPO_HOME": str(home), **HEARTBEAT}},
         )
         return run.id
 
@@ -128,9 +128,15 @@ class Team:
         tasks = self.client.read_task_runs(flow_run_filter=of_family, task_run_filter=state)
         return [*(run for run in family if run.state_type in UNFINISHED), *tasks]
 
-    def log(self, home: Path) -> str:
-        """The end of what the workers of a state folder said."""
-        return "\n".join(f"{path.name}:\n{path.read_text()[-4000:]}" for path in sorted(home.glob("worker-*.log")))
+
+@pytest.fixture(scope="session")
+def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
+    """One Prefect server for all tests of runs under workers."""
+    started = Team(tmp_path_factory.mktemp("team"))
+    try:
+        yield started
+    finally:
+        started.close()
 
 
 def process_of(run_id: UUID) -> psutil.Process | None:
@@ -160,12 +166,12 @@ def kill_group(process: psutil.Process) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def until(is_so: Callable[[], Any], words: Callable[[], str] = str, seconds: float = SECONDS) -> Any:
+def until(is_so: Callable[[], Any], words: Callable[[], str] = str, every: float = 0.2) -> Any:
     """Wait until a condition holds; returns what it gave."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + SECONDS
     while not (given := is_so()):
         assert time.monotonic() < deadline, words()
-        time.sleep(0.2)
+        time.sleep(every)
     return given
 
 
