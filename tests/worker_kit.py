@@ -28,7 +28,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, StateType, TaskRun
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Cancelling, Scheduled
+from prefect.states import Cancelling, Crashed, Scheduled
 
 from deployments.automations import make_automations
 from deployments.bootstrap import bootstrap
@@ -105,6 +105,10 @@ class Team:
     def cancel(self, run_id: UUID) -> None:
         """What the UI's Cancel button does."""
         self.client.set_flow_run_state(run_id, Cancelling())
+
+    def crash(self, run_id: UUID) -> None:
+        """What the automation does to a run that fell silent."""
+        self.client.set_flow_run_state(run_id, Crashed())
 
     def run(self, run_id: UUID) -> FlowRun:
         """The run as the server knows it."""
