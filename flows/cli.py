@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, CycloptsError, Parameter
 
 from cdpo_core.errors import InputError
+from flows.begin import begin
 from flows.command_line import check_writable, default_to_nothing, split_tokens, write_json
-from flows.terminal import log_to_file, print_error, showing_progress
-from tasks.environment import cdpo_home, quiet_environment
+from flows.terminal import print_error, showing_progress
+from tasks.environment import quiet_environment
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,7 +87,7 @@ def run(
     experiment = _load(config, given, json)
     with showing_progress() as progress:
         progress("checks", 0, 1)
-        log_file = _quiet("run", prefect=True)
+        log_file = begin("run", experiment)
         from flows.experiment import run_experiment
         from flows.preflight import check_before_run
 
@@ -119,7 +120,7 @@ def plan(
     """
     given = {**(overrides or {}), **_shortcuts(limit, seed, store)}
     experiment = _load(config, given, json)
-    _quiet("plan")
+    begin("plan")
     from flows.plan import plan_experiment
     from flows.plan_report import print_plan
 
@@ -165,7 +166,7 @@ def sweep(
     experiments = [_load(config, {**given, **combination}, json) for combination in combinations]
     with showing_progress() as progress:
         progress("checks", 0, 1)
-        _quiet("sweep", prefect=True)
+        begin("sweep", experiments[0])
         from flows.closing_report import print_sweep
         from flows.preflight import check_before_run
         from flows.sweep import run_sweep
@@ -214,7 +215,7 @@ def compare(
     chosen = [method.name for method in load_methods(entries(methods, "--methods") if methods else [])]
     with showing_progress() as progress:
         progress("checks", 0, 1)
-        _quiet("compare", prefect=True)
+        begin("compare", experiment)
         from flows.closing_report import print_comparison
         from flows.compare import run_compare
         from flows.preflight import check_before_run
@@ -368,22 +369,6 @@ def _load(config: str, overrides: Mapping[str, str], json: Path | None = None) -
     if json is not None:
         check_writable(json, "--json")
     return load_config(config, overrides)
-
-
-def _quiet(command: str, *, prefect: bool = False) -> Path:
-    """Join the servers of a running `cdpo up`, and send the libraries' logs to a file.
-
-    With `prefect`, a command that is given no Prefect server gets one of its own.
-    """
-    from flows.up import join_running
-
-    join_running()
-    log_file = log_to_file(cdpo_home() / "logs", command)
-    if prefect:
-        from flows.temporary_server import start_prefect_server
-
-        start_prefect_server(log_file.parent)
-    return log_file
 
 
 def _version() -> str:
