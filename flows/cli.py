@@ -17,6 +17,7 @@ from cdpo_core.errors import InputError
 from flows.begin import begin
 from flows.command_line import check_writable, default_to_nothing, split_tokens, write_json
 from flows.terminal import print_error, showing_progress
+from flows.up_command import up
 from tasks.environment import quiet_environment
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ app = App(
     help_epilogue=EXAMPLES,
     usage="Usage: cdpo COMMAND [ARGUMENTS] [--SECTION.FIELD VALUE …]",
 )
+
+
+app.command(up, sort_key=8, help_epilogue="")
 
 
 @app.command(sort_key=1, help_epilogue=FIELDS)
@@ -284,21 +288,6 @@ def sample(
         for response in responses:
             _stdout().print(f"  {response}", markup=False, highlight=False, soft_wrap=True)
     return DONE
-
-
-@app.command(sort_key=8, help_epilogue="")
-def up(
-    *,
-    prefect_port: Annotated[int, Parameter(help="Port of the Prefect server.", metavar="PORT")] = 4200,
-    mlflow_port: Annotated[int, Parameter(help="Port of the MLflow server.", metavar="PORT")] = 5000,
-) -> int:
-    """Start Prefect, MLflow and a worker on this machine.
-
-    The Prefect server gets the deployments; the URLs are printed when all is ready; Ctrl-C ends all of it.
-    """
-    from flows.up import serve
-
-    return serve(prefect_port, mlflow_port)
 
 
 @app.command(sort_key=9, help_epilogue="")

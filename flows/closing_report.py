@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cdpo_core.evaluation.result import cost_figures, tail_figures, verdict
-from tasks.environment import cdpo_home
+from tasks.environment import default_store
 
 Record = Mapping[str, Any]
 SHARES = ("unsafe_prompts", "over_refusal")
@@ -227,7 +227,7 @@ def _policy(policy: Any) -> list[str]:
         return []
     store, _, place = policy["uri"].removesuffix(".json").rpartition("/stages/")
     stage, _, key = place.partition("/")
-    option = "" if store == str(cdpo_home() / "store") else f" --store {store}"
+    option = "" if store == default_store() else f" --store {store}"
     return [
         f"  Policy   {policy['uri']}",
         f'  Try it   cdpo sample {stage}/{key[:12]}{option} "PROMPT"',
