@@ -94,7 +94,7 @@ class Workbench:
         def progress(what: str, done: int, total: int) -> None:
             report(label, done, total)
 
-        return Runtime(compute.device, compute.threads, compute.micro_batch, None, progress)
+        return Runtime(compute.device, compute.threads, compute.micro_batch, None, progress, compute.own_process)
 
     def put_record(self, name: str, record: Mapping[str, Any]) -> None:
         """Keep a small record in the store under this name, unless there is one."""

@@ -8,6 +8,7 @@ from servers_mlflow import _empty_mlflow_database, mlflow_home, mlflow_server
 from servers_postgres import postgres
 from servers_prefect import prefect_server
 from servers_s3 import s3_endpoint, s3_uri
+from worker_kit import team
 
 __all__ = [
     "_empty_mlflow_database",
@@ -18,6 +19,7 @@ __all__ = [
     "prefect_server",
     "s3_endpoint",
     "s3_uri",
+    "team",
 ]
 
 SERVERS = {"mlflow_server", "postgres", "prefect_server"}
