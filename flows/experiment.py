@@ -24,6 +24,7 @@ from flows.preflight import check_before_run
 from flows.prepare import prepare
 from flows.sections import takes_sections
 from tasks.journal import Journal, announce
+from tasks.prefect_patience import keep_temporary_server, part
 from tasks.preference_models import scorer_reports
 from tasks.records import Prepared, Scored
 from tasks.report import draw_figures, report_folder, write_json, write_samples
@@ -55,10 +56,11 @@ def run_experiment(config: ExperimentConfig, *, progress: Progress | None = None
 
 
 def make_prefect_home() -> None:
-    """Make Prefect's home where it is missing: its temporary server does not start without."""
+    """Make Prefect's home where it is missing, and keep its temporary server: it needs the one, the run the other."""
     home = os.environ.get("PREFECT_HOME")
     if home:
         Path(home).mkdir(parents=True, exist_ok=True)
+    keep_temporary_server()
 
 
 def sections(config: ExperimentConfig) -> dict[str, Any]:
@@ -69,12 +71,12 @@ def sections(config: ExperimentConfig) -> dict[str, Any]:
 def _conduct(bench: Workbench) -> dict[str, Any]:
     journal = Journal(bench)
     try:
-        prepared = prepare(bench)
-        scored = preference_models(bench, prepared)
+        prepared = part(prepare, bench)
+        scored = part(preference_models, bench, prepared)
         reports = scorer_reports(bench, scored.scorers)
         journal.scorers(reports, scored.scorers)
-        alignment = align(bench, prepared, scored, journal)
-        evaluation = evaluate(bench, prepared, scored, alignment)
+        alignment = part(align, bench, prepared, scored, journal)
+        evaluation = part(evaluate, bench, prepared, scored, alignment)
         result = experiment_result(
             bench, journal, alignment.plan, reports, _outcome(prepared, scored, alignment, evaluation)
         )
@@ -86,6 +88,7 @@ def _conduct(bench: Workbench) -> dict[str, Any]:
         # A change of the code may give the same experiment another policy: each has a record of its own.
         bench.put_record(f"results/{journal.key}-{chosen[:12]}", result)
         journal.closed(result, folder)
+        result["tracking"]["kept"] = journal.tracker.kept()
         result["report"] = str(folder)
     except BaseException:
         journal.failed()

@@ -1,0 +1,109 @@
+"""A Prefect server that goes away in mid-run: the run waits for it, and goes on where it was.
+
+Prefect's client repeats its requests (PREFECT_CLIENT_MAX_RETRIES, see tasks.environment), but only once it has been
+connected, and a subflow begins with a client of its own. So a subflow starts when the server answers, and again when
+the server went away just then: its stages are in the store, so nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
+
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.server.api.server import SubprocessASGIServer
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+from tasks.patience import PAUSE_SECONDS
+from tasks.workbench import Workbench
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+OUTAGE_SECONDS = 240.0
+"""How long a run waits for a Prefect server that stopped answering."""
+GLANCE_SECONDS = 10.0
+MOST_RESTARTS = 5
+
+_keeper: threading.Thread | None = None
+
+
+def part(flow: Callable[Concatenate[Workbench, P], T], bench: Workbench, /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """What a part of the DAG returns, as a subflow that starts when Prefect's server is there.
+
+    Args:
+        flow: the part; it may run again, since whatever it finished is in the store.
+        bench: the experiment's tools, the part's first argument; args, kwargs: its others.
+
+    Raises:
+        httpx.TransportError: the server did not come back within OUTAGE_SECONDS; whatever else the part raises.
+    """
+    deadline = time.monotonic() + OUTAGE_SECONDS
+    done = len(bench.results)
+    while True:
+        _wait_for_server(deadline)
+        try:
+            return flow(bench, *args, **kwargs)
+        except httpx.TransportError as error:
+            if time.monotonic() >= deadline:
+                raise
+            log.warning("Prefect: the server went away, trying again: %s", error)
+            del bench.results[done:]
+
+
+def server_error() -> Exception | None:
+    """Why Prefect's server does not answer, asked once and for seconds at most; None if it does."""
+    with (
+        temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+        get_client(sync_client=True, httpx_settings={"timeout": GLANCE_SECONDS}) as client,
+    ):
+        return client.api_healthcheck()
+
+
+def keep_temporary_server() -> None:
+    """Start Prefect's temporary server again when it dies in mid-run; nothing where a server is named.
+
+    It keeps its port and its database, so a run that waits for it goes on.
+    """
+    global _keeper
+    if PREFECT_API_URL.value() or (_keeper is not None and _keeper.is_alive()):
+        return
+    _keeper = threading.Thread(target=_keep_alive, args=(threading.Event(),), daemon=True)
+    _keeper.start()
+
+
+def _keep_alive(ended: threading.Event) -> None:
+    restarts, is_known = 0, False
+    while restarts < MOST_RESTARTS and not ended.wait(1.0):
+        server = SubprocessASGIServer()
+        process = server.server_process
+        if process is None:
+            continue
+        if not is_known:
+            # Registered after the server's own end, and so called before it.
+            atexit.register(ended.set)
+            is_known = True
+        if process.poll() is not None:
+            restarts += 1
+            log.warning("Prefect's temporary server ended (code %s); it is started again", process.returncode)
+            server.running = False
+            try:
+                server.start()
+            except Exception as error:  # Whatever keeps it from starting, the next try may not meet.
+                log.warning("Prefect's temporary server did not start: %s", error)
+
+
+def _wait_for_server(deadline: float) -> None:
+    said = False
+    while (error := server_error()) is not None and time.monotonic() < deadline:
+        if not said:
+            log.warning("Prefect: the server does not answer, waiting for it: %s", error)
+            said = True
+        time.sleep(PAUSE_SECONDS)
