@@ -246,9 +246,8 @@ def _tracking(result: Record) -> list[str]:
     if not uri:
         return []
     kept = tracking.get("kept")
-    away = (
-        [f"           it was away: {kept} entries are kept in the store and are sent by the next run"] if kept else []
-    )
+    words = f"           it was away: {kept} entries are kept in the store and are sent by the next run"
+    away = [words] if kept else []
     if tracking.get("url") or uri.startswith("http"):
         return [f"  MLflow   {tracking.get('url') or uri} (run {run})", *away]
     return [f"  MLflow   cdpo up, or: mlflow ui --backend-store-uri {uri} (run {run})", *away]

@@ -24,7 +24,7 @@ _QUIET = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    # 2 + 4 + … + 128 s: a run outlives a Prefect server that is away for some minutes (the default gives up after 62 s).
+    # 2 + 4 + … + 128 s: a run outlives a Prefect server that is away for minutes (the default gives up after 62 s).
     "PREFECT_CLIENT_MAX_RETRIES": "7",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "cdpo_core,tasks,flows",
     # What is said outside any flow goes to the log file alone.
