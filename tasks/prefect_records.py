@@ -161,7 +161,7 @@ def _create_progress(what: str, percent: float) -> UUID:
 
 @_recorded
 def _update_progress(artifact: UUID, percent: float) -> UUID:
-    return update_progress_artifact(artifact, percent)
+    return cast(UUID, update_progress_artifact(artifact, percent))
 
 
 def rounds_markdown(rounds: Sequence[Mapping[str, Any]], names: Sequence[str], limits: Sequence[float]) -> str:

@@ -180,7 +180,7 @@ def unavailable(error: Exception, uri: str) -> StoreUnavailable:
     if isinstance(error, _AWAY):
         fix = "start the server, check AWS_ENDPOINT_URL and the network, then run the same command again"
         return StoreAway(f"the S3 server cannot be reached: {first_line}", where=where, fix=fix)
-    kind, fix = (
-        (StoreAway, "run the same command again") if may_pass(error) else (StoreUnavailable, "check the address")
-    )
-    return kind(f"the S3 server reports: {first_line}", where=where, fix=fix)
+    what = f"the S3 server reports: {first_line}"
+    if may_pass(error):
+        return StoreAway(what, where=where, fix="run the same command again")
+    return StoreUnavailable(what, where=where, fix="check the store's address")
