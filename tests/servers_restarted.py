@@ -93,16 +93,21 @@ def restarted_prefect(folder: Path) -> Restarted:
 
 
 class FailingS3:
-    """A proxy before an S3 server that can be away (it cuts every connection) and fail at random (HTTP 503).
+    """A proxy before an S3 server that can be away, slow, and fail or lose answers at random.
 
     Attributes:
         address: the proxy's own.
-        requests, failed: how many came, and how many of them it answered itself by 503.
+        share: of requests that it answers itself, by HTTP 503.
+        losing: share of requests whose answer never arrives: the server did what it was asked, the connection is cut.
+        pause: seconds that each answer takes longer.
+        parts_before_away: after this many parts of large uploads it is away for `away_seconds`; -1 is never.
+        failed, lost, cut: how many requests it failed, whose answers it lost, and that came while it was away.
     """
 
     def __init__(self, target: str, seed: int = 0) -> None:
-        self.requests = self.failed = 0
-        self.share = 0.0
+        self.failed = self.lost = self.cut = 0
+        self.share = self.losing = self.pause = 0.0
+        self.parts_before_away, self.away_seconds = -1, 2.0
         self._away = False
         self._random = random.Random(seed)
         self._lock = threading.Lock()
@@ -137,11 +142,10 @@ class FailingS3:
 
     def _relay(self, request: BaseHTTPRequestHandler, host: str) -> None:
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
-        with self._lock:
-            self.requests += 1
-            fails = self._random.random() < self.share
-            self.failed += fails
+        fails, loses = self._fate("partNumber=" in request.path and request.command == "PUT")
+        time.sleep(self.pause)
         if self._away:
+            self.cut += 1
             request.close_connection = True
             return
         if fails:
@@ -154,6 +158,10 @@ class FailingS3:
         upstream.request(request.command, request.path, body, headers)
         answer = upstream.getresponse()
         content = answer.read()
+        upstream.close()
+        if loses:
+            request.close_connection = True
+            return
         request.send_response(answer.status)
         for name, value in answer.getheaders():
             if name.lower() not in {*HOP_HEADERS, "content-length", "date", "server"}:
@@ -163,35 +171,25 @@ class FailingS3:
         request.end_headers()
         if request.command != "HEAD":
             request.wfile.write(content)
-        upstream.close()
+
+    def _fate(self, is_part: bool) -> tuple[bool, bool]:
+        """Whether a request fails, and whether its answer is lost."""
+        with self._lock:
+            drawn = self._random.random()
+            fails, loses = drawn < self.share, self.share <= drawn < self.share + self.losing
+            self.failed, self.lost = self.failed + fails, self.lost + loses
+            if is_part and self.parts_before_away == 0:
+                threading.Thread(target=self.away, args=(self.away_seconds,), daemon=True).start()
+                self._away = True
+            self.parts_before_away -= is_part
+            return fails, loses
 
 
 @pytest.fixture
-def mlflow_restarted(tmp_path: Path, _empty_mlflow_database: Path) -> Iterator[Restarted]:
-    """A running MLflow server that the test may kill."""
-    server = restarted_mlflow(tmp_path / "mlflow-server", _empty_mlflow_database)
-    try:
-        server.start()
-        yield server
-    finally:
-        server.kill()
-
-
-@pytest.fixture
-def prefect_restarted(tmp_path: Path) -> Iterator[Restarted]:
-    """A running Prefect server that the test may kill."""
-    server = restarted_prefect(tmp_path / "prefect-server")
-    try:
-        server.start()
-        yield server
-    finally:
-        server.kill()
-
-
-@pytest.fixture
-def failing_s3(s3_endpoint: str) -> Iterator[FailingS3]:
-    """A proxy before the S3 server of the session."""
+def failing_s3(s3_endpoint: str, s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FailingS3]:
+    """A proxy before the S3 server of the session, to which the environment points; the store is at `s3_uri`."""
     proxy = FailingS3(s3_endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
     try:
         yield proxy
     finally:
