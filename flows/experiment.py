@@ -24,7 +24,7 @@ from flows.preflight import check_before_run
 from flows.prepare import prepare
 from flows.sections import takes_sections
 from tasks.journal import Journal, announce
-from tasks.prefect_patience import keep_temporary_server, part
+from tasks.prefect_patience import part
 from tasks.preference_models import scorer_reports
 from tasks.records import Prepared, Scored
 from tasks.report import draw_figures, report_folder, write_json, write_samples
@@ -56,11 +56,10 @@ def run_experiment(config: ExperimentConfig, *, progress: Progress | None = None
 
 
 def make_prefect_home() -> None:
-    """Make Prefect's home where it is missing, and keep its temporary server: it needs the one, the run the other."""
+    """Make Prefect's home where it is missing: its temporary server does not start without."""
     home = os.environ.get("PREFECT_HOME")
     if home:
         Path(home).mkdir(parents=True, exist_ok=True)
-    keep_temporary_server()
 
 
 def sections(config: ExperimentConfig) -> dict[str, Any]:

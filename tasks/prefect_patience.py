@@ -7,17 +7,14 @@ the server went away just then: its stages are in the store, so nothing is compu
 
 from __future__ import annotations
 
-import atexit
 import logging
-import threading
 import time
 from collections.abc import Callable
 from typing import Concatenate, ParamSpec, TypeVar
 
 import httpx
 from prefect.client.orchestration import get_client
-from prefect.server.api.server import SubprocessASGIServer
-from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from tasks.patience import PAUSE_SECONDS
 from tasks.workbench import Workbench
@@ -30,9 +27,6 @@ T = TypeVar("T")
 OUTAGE_SECONDS = 240.0
 """How long a run waits for a Prefect server that stopped answering."""
 GLANCE_SECONDS = 10.0
-MOST_RESTARTS = 5
-
-_keeper: threading.Thread | None = None
 
 
 def part(flow: Callable[Concatenate[Workbench, P], T], bench: Workbench, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -65,39 +59,6 @@ def server_error() -> Exception | None:
         get_client(sync_client=True, httpx_settings={"timeout": GLANCE_SECONDS}) as client,
     ):
         return client.api_healthcheck()
-
-
-def keep_temporary_server() -> None:
-    """Start Prefect's temporary server again when it dies in mid-run; nothing where a server is named.
-
-    It keeps its port and its database, so a run that waits for it goes on.
-    """
-    global _keeper
-    if PREFECT_API_URL.value() or (_keeper is not None and _keeper.is_alive()):
-        return
-    _keeper = threading.Thread(target=_keep_alive, args=(threading.Event(),), daemon=True)
-    _keeper.start()
-
-
-def _keep_alive(ended: threading.Event) -> None:
-    restarts, is_known = 0, False
-    while restarts < MOST_RESTARTS and not ended.wait(1.0):
-        server = SubprocessASGIServer()
-        process = server.server_process
-        if process is None:
-            continue
-        if not is_known:
-            # Registered after the server's own end, and so called before it.
-            atexit.register(ended.set)
-            is_known = True
-        if process.poll() is not None:
-            restarts += 1
-            log.warning("Prefect's temporary server ended (code %s); it is started again", process.returncode)
-            server.running = False
-            try:
-                server.start()
-            except Exception as error:  # Whatever keeps it from starting, the next try may not meet.
-                log.warning("Prefect's temporary server did not start: %s", error)
 
 
 def _wait_for_server(deadline: float) -> None:
