@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.errors import InputError
+from flows.temporary_server import wait_until_ready
 from tasks.environment import cdpo_home
 from tasks.mlflow_connection import without_secrets
 from tasks.patience import ServerAway, when_there
@@ -41,8 +42,8 @@ def check_before_run(config: ExperimentConfig) -> None:
     check_source(config)
     store = store_of(config)
     when_there(store.uri, store.probe)
-    when_there("Prefect", _check_prefect)
     Tracker.open(config.tracking, store, cdpo_home())
+    when_there("Prefect", _check_prefect)  # last: a server of this command's own starts meanwhile
     _passed.add(identity)
 
 
@@ -65,8 +66,9 @@ def _check_prefect() -> None:
     from tasks.prefect_patience import server_error
 
     url = PREFECT_API_URL.value()
-    if not url:  # the run starts a temporary server
+    if not url:  # the first flow starts a temporary server
         return
+    wait_until_ready()
     if without_secrets(url) != url:
         raise InputError(
             "the Prefect server's address holds credentials",
