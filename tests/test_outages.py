@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.faults]
 AWAY_SECONDS = 60
 FAILING_SHARE = 0.05
 ENDS = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-SCENARIOS = ("mlflow", "s3", "prefect", "all three")
+SCENARIOS = ("mlflow", "s3", "prefect", "all three", "temporary")
 
 Points = Counter[tuple[str, int, float]]
 
@@ -165,7 +165,7 @@ def outcomes(
     s3_bucket: str,
     _empty_mlflow_database: Path,
 ) -> Iterator[dict[str, Outcome]]:
-    """Four disturbed runs at the same time, since they mostly wait; the servers stay until the tests are done."""
+    """Disturbed runs, all at the same time, since they mostly wait; the servers stay until the tests are done."""
     folder = tmp_path_factory.mktemp("outages")
     homes = {name: new_home(folder / name.replace(" ", "-"), _empty_mlflow_database) for name in SCENARIOS}
     with ExitStack() as stack:
@@ -196,6 +196,7 @@ def outcomes(
             "s3": disturbed("s3", prefect_server, "", f"{s3_bucket}/s3", proxies[0]),
             "prefect": disturbed("prefect", prefects[0].address, "", ""),
             "all three": disturbed("all three", prefects[1].address, mlflows[1].address, f"{s3_bucket}/a", proxies[1]),
+            "temporary": disturbed("temporary", "", "", ""),
         }
         runs["mlflow"].when_stored("sft", "mlflow", mlflows[0].away)
         runs["s3"].when_stored("sft", "s3", proxies[0].away)
@@ -203,11 +204,25 @@ def outcomes(
         runs["all three"].when_stored("sft", "prefect", prefects[1].away)
         runs["all three"].when_stored("scorers", "s3", proxies[1].away)
         runs["all three"].when_stored("round", "mlflow", mlflows[1].away)
+        runs["temporary"].when_stored("sft", "temporary", lambda _: _kill_own_server(runs["temporary"].running))
         for run in runs.values():
             run.start()
         found = {name: run.wait() for name, run in runs.items()}
         assert all(proxy.failed for proxy in proxies)
         yield found
+
+
+def _kill_own_server(running: Process) -> None:
+    """`kill -9` the Prefect server that a command started for itself."""
+    assert isinstance(running, Running)
+    servers = [
+        child
+        for child in psutil.Process(running.process.pid).children(recursive=True)
+        if "prefect.server.api.server:create_app" in child.cmdline()
+    ]
+    assert servers
+    for server in servers:
+        server.kill()
 
 
 @pytest.fixture(params=SCENARIOS)
