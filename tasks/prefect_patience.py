@@ -30,26 +30,39 @@ GLANCE_SECONDS = 10.0
 
 
 def part(flow: Callable[Concatenate[Workbench, P], T], bench: Workbench, /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """What a part of the DAG returns, as a subflow that starts when Prefect's server is there.
+    """What a part of the DAG returns, as a subflow that waits for Prefect's server (see `begun`).
 
     Args:
         flow: the part; it may run again, since whatever it finished is in the store.
         bench: the experiment's tools, the part's first argument; args, kwargs: its others.
+    """
+    done = len(bench.results)
+
+    def start() -> T:
+        del bench.results[done:]
+        return flow(bench, *args, **kwargs)
+
+    return begun(start)
+
+
+def begun(start: Callable[[], T]) -> T:
+    """What a flow returns that is started when Prefect's server is there, and again when it went away just then.
+
+    Args:
+        start: calls the flow, which may run again.
 
     Raises:
-        httpx.TransportError: the server did not come back within OUTAGE_SECONDS; whatever else the part raises.
+        httpx.TransportError: the server did not come back within OUTAGE_SECONDS; whatever else the flow raises.
     """
-    deadline = time.monotonic() + OUTAGE_SECONDS
-    done = len(bench.results)
+    began = time.monotonic()
     while True:
-        _wait_for_server(deadline)
+        _wait_for_server(began + OUTAGE_SECONDS)
         try:
-            return flow(bench, *args, **kwargs)
+            return start()
         except httpx.TransportError as error:
-            if time.monotonic() >= deadline:
+            if time.monotonic() - began >= OUTAGE_SECONDS:
                 raise
             log.warning("Prefect: the server went away, trying again: %s", error)
-            del bench.results[done:]
 
 
 def server_error() -> Exception | None:
