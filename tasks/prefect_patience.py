@@ -27,6 +27,7 @@ T = TypeVar("T")
 OUTAGE_SECONDS = 240.0
 """How long a run waits for a Prefect server that stopped answering."""
 GLANCE_SECONDS = 10.0
+TRIES = 3
 
 
 def part(flow: Callable[Concatenate[Workbench, P], T], bench: Workbench, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -52,17 +53,18 @@ def begun(start: Callable[[], T]) -> T:
         start: calls the flow, which may run again.
 
     Raises:
-        httpx.TransportError: the server did not come back within OUTAGE_SECONDS; whatever else the flow raises.
+        httpx.TransportError: the server did not come back within OUTAGE_SECONDS, or went away TRIES times; whatever
+            else the flow raises.
     """
-    began = time.monotonic()
-    while True:
-        _wait_for_server(began + OUTAGE_SECONDS)
+    for left in reversed(range(TRIES)):
+        _wait_for_server()
         try:
             return start()
         except httpx.TransportError as error:
-            if time.monotonic() - began >= OUTAGE_SECONDS:
+            if not left:
                 raise
             log.warning("Prefect: the server went away, trying again: %s", error)
+    raise AssertionError("the last try returns or raises")
 
 
 def server_error() -> Exception | None:
@@ -74,8 +76,8 @@ def server_error() -> Exception | None:
         return client.api_healthcheck()
 
 
-def _wait_for_server(deadline: float) -> None:
-    said = False
+def _wait_for_server() -> None:
+    deadline, said = time.monotonic() + OUTAGE_SECONDS, False
     while (error := server_error()) is not None and time.monotonic() < deadline:
         if not said:
             log.warning("Prefect: the server does not answer, waiting for it: %s", error)
