@@ -26,7 +26,7 @@ from flows.sections import takes_sections
 from tasks.journal import Journal, announce
 from tasks.preference_models import scorer_reports
 from tasks.records import Prepared, Scored
-from tasks.report import draw_figures, report_folder, write_json, write_samples
+from tasks.report import draw_figures, report_folder, write_json, write_report, write_samples
 from tasks.result import Outcome, experiment_result
 from tasks.workbench import Workbench, open_workbench, outcome, report_progress_to
 
@@ -73,6 +73,7 @@ def _conduct(bench: Workbench) -> dict[str, Any]:
         scored = preference_models(bench, prepared)
         reports = scorer_reports(bench, scored.scorers)
         journal.scorers(reports, scored.scorers)
+        journal.data(prepared, scored)
         alignment = align(bench, prepared, scored, journal)
         evaluation = evaluate(bench, prepared, scored, alignment)
         result = experiment_result(
@@ -81,6 +82,7 @@ def _conduct(bench: Workbench) -> dict[str, Any]:
         folder = report_folder(journal.key, bench.config.name)
         draw_figures(bench, result, alignment.plan, alignment.history, evaluation.test, folder)
         write_samples(bench, prepared, evaluation.test, folder)
+        result["report_artifact"] = write_report(bench, result, folder).model_dump()
         write_json(result, folder / "result.json")
         chosen = (result["policy"] or {}).get("digest", "none")
         # A change of the code may give the same experiment another policy: each has a record of its own.

@@ -103,6 +103,13 @@ def link_to_mlflow(url: str, identity: str) -> None:
 
 
 @_recorded
+def link_to_report(url: str, identity: str) -> None:
+    """A link artifact to the report for people; nothing when no server shows it (`url` is "")."""
+    if url:
+        create_link_artifact(url, "Report", key=f"report-{_slug(identity)}", description="The report, in plain words")
+
+
+@_recorded
 def show_markdown(key: str, markdown: str, description: str = "") -> None:
     """A markdown artifact of the flow run (the rounds, the verdict).
 

@@ -14,13 +14,13 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 import yaml
 
 from cdpo_core.artifacts import ArtifactRef, Store, file_sha256
 from cdpo_core.errors import CdpoError
-from tasks.metric_points import MetricPoint, tag_text, varying_params
+from tasks.metric_points import MetricPoint, certificate_tags, varying_params
 from tasks.mlflow_connection import connect, is_http, mlflow_errors, while_contended, without_secrets
 
 if TYPE_CHECKING:
@@ -31,9 +31,12 @@ if TYPE_CHECKING:
 IDENTITY_TAG = "cdpo.identity"
 FILES_TAG = "cdpo.files"
 POINTS_A_BATCH = 1000
+# MLflow 3's UI opens for GenAI traces unless an address says otherwise.
+TRAINING_UI = "workflowType=machine_learning"
 
 P = ParamSpec("P")
 T = TypeVar("T")
+S = TypeVar("S", bound="Tracker")
 
 
 def experiment_key(config: ExperimentConfig, inputs: Mapping[str, str] | None = None) -> str:
@@ -54,12 +57,12 @@ def experiment_key(config: ExperimentConfig, inputs: Mapping[str, str] | None = 
     return _digest(values)
 
 
-def _tracked(default: T) -> Callable[[Callable[Concatenate[Tracker, P], T]], Callable[Concatenate[Tracker, P], T]]:
+def _tracked(default: T) -> Callable[[Callable[Concatenate[S, P], T]], Callable[Concatenate[S, P], T]]:
     """A method that does nothing and returns `default` when tracking is off, and whose errors are the user's."""
 
-    def decorate(method: Callable[Concatenate[Tracker, P], T]) -> Callable[Concatenate[Tracker, P], T]:
+    def decorate(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
         @wraps(method)
-        def call(self: Tracker, *args: P.args, **kwargs: P.kwargs) -> T:
+        def call(self: S, *args: P.args, **kwargs: P.kwargs) -> T:
             if not self.enabled:
                 return default
             with mlflow_errors(CdpoError, self.uri, "run the same command again: it continues and sends the rest"):
@@ -82,7 +85,7 @@ class Tracker:
         self._files: dict[str, dict[str, str]] = {}
 
     @classmethod
-    def open(cls, tracking: TrackingConfig, store: Store, home: Path) -> Tracker:
+    def open(cls, tracking: TrackingConfig, store: Store, home: Path) -> Self:
         """Connect to MLflow and find or make the experiment.
 
         Args:
@@ -191,7 +194,13 @@ class Tracker:
 
     @_tracked("")
     def register_policy(
-        self, run_id: str, name: str, policy: ArtifactRef, certificate: Mapping[str, Any], tags: Mapping[str, str]
+        self,
+        run_id: str,
+        name: str,
+        policy: ArtifactRef,
+        certificate: Mapping[str, Any],
+        tags: Mapping[str, str],
+        description: str = "",
     ) -> str:
         """Register a policy as a model version that points at the artifact store, once for each run and policy.
 
@@ -201,21 +210,22 @@ class Tracker:
             policy: the chosen policy's reference; nothing is copied into MLflow.
             certificate: the certificate's record, which becomes tags `certificate.<field>`.
             tags: further tags (limit, lambda).
+            description: of the version (markdown).
 
         Returns:
             The version.
         """
-        name = re.sub(r"[/:'\"`]", "-", name)
+        name = registered_name(name)
         self._ensure_registered_model(name)
-        mine = f"name = '{name}' and run_id = '{run_id}'"
-        for version in self._client.search_model_versions(mine):
-            if version.tags.get("policy.digest") == policy.digest:
-                return str(version.version)
+        if known := self._version_of(name, run_id, policy.digest):
+            return known
         # A server refuses local paths as sources, so those get a scheme of their own.
         source = policy.uri if "://" in policy.uri else f"cdpo://{policy.uri}"
         all_tags = {"policy.uri": policy.uri, "policy.digest": policy.digest, **tags}
-        all_tags |= {f"certificate.{key}": tag_text(value) for key, value in certificate.items()}
-        version = self._client.create_model_version(name, source, run_id=run_id, tags=all_tags)
+        all_tags |= certificate_tags(certificate)
+        version = self._client.create_model_version(
+            name, source, run_id=run_id, tags=all_tags, description=description or None
+        )
         return str(version.version)
 
     @_tracked(None)
@@ -228,11 +238,15 @@ class Tracker:
         """
         self._client.set_terminated(run_id, status, end_time=ended_ms or None)
 
-    def run_url(self, run_id: str) -> str:
-        """The run's page on the MLflow server; "" without a server."""
+    def run_url(self, run_id: str, part: str = "") -> str:
+        """The run's page on the MLflow server, or a part of it (see `run_page`); "" without a server."""
         if not (self.enabled and run_id and is_http(self._uri)):
             return ""
-        return f"{self.uri.rstrip('/')}/#/experiments/{self._experiment_id}/runs/{run_id}"
+        return f"{self.uri.rstrip('/')}/{self.run_page(run_id, part)}"
+
+    def run_page(self, run_id: str, part: str = "") -> str:
+        """The run's page within MLflow's UI, for links from its own texts; `part` as `/artifacts/report.html`."""
+        return f"#/experiments/{self._experiment_id}/runs/{run_id}{part}?{TRAINING_UI}"
 
     def _claimed(self, identity: str, name: str, parent_run_id: str) -> str:
         """The run that holds the identity's newest claim, after making and claiming one if none is alive."""
@@ -302,6 +316,11 @@ class Tracker:
         sent[artifact_path] = digest
         self._set_tags(run_id, {FILES_TAG: json.dumps(sent, sort_keys=True)})
 
+    def _version_of(self, name: str, run_id: str, digest: str) -> str:
+        """The version a run registered of a policy; "" without one."""
+        found = self._client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+        return next((str(item.version) for item in found if item.tags.get("policy.digest") == digest), "")
+
     def _ensure_registered_model(self, name: str) -> None:
         from mlflow.exceptions import MlflowException
 
@@ -310,6 +329,11 @@ class Tracker:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
+
+
+def registered_name(name: str) -> str:
+    """The name without the signs that MLflow forbids in a registered model's."""
+    return re.sub(r"[/:'\"`]", "-", name)
 
 
 def _digest(value: Any) -> str:
