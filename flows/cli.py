@@ -86,7 +86,7 @@ def run(
     experiment = _load(config, given, json)
     with showing_progress() as progress:
         progress("checks", 0, 1)
-        log_file = _quiet("run")
+        log_file = _quiet("run", prefect=True)
         from flows.experiment import run_experiment
         from flows.preflight import check_before_run
 
@@ -165,7 +165,7 @@ def sweep(
     experiments = [_load(config, {**given, **combination}, json) for combination in combinations]
     with showing_progress() as progress:
         progress("checks", 0, 1)
-        _quiet("sweep")
+        _quiet("sweep", prefect=True)
         from flows.closing_report import print_sweep
         from flows.preflight import check_before_run
         from flows.sweep import run_sweep
@@ -214,7 +214,7 @@ def compare(
     chosen = [method.name for method in load_methods(entries(methods, "--methods") if methods else [])]
     with showing_progress() as progress:
         progress("checks", 0, 1)
-        _quiet("compare")
+        _quiet("compare", prefect=True)
         from flows.closing_report import print_comparison
         from flows.compare import run_compare
         from flows.preflight import check_before_run
@@ -370,12 +370,20 @@ def _load(config: str, overrides: Mapping[str, str], json: Path | None = None) -
     return load_config(config, overrides)
 
 
-def _quiet(command: str) -> Path:
-    """Join the servers of a running `cdpo up`, and send the libraries' logs to a file."""
+def _quiet(command: str, *, prefect: bool = False) -> Path:
+    """Join the servers of a running `cdpo up`, and send the libraries' logs to a file.
+
+    With `prefect`, a command that is given no Prefect server gets one of its own.
+    """
     from flows.up import join_running
 
     join_running()
-    return log_to_file(cdpo_home() / "logs", command)
+    log_file = log_to_file(cdpo_home() / "logs", command)
+    if prefect:
+        from flows.temporary_server import start_prefect_server
+
+        start_prefect_server(log_file.parent)
+    return log_file
 
 
 def _version() -> str:
