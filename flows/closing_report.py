@@ -245,9 +245,12 @@ def _tracking(result: Record) -> list[str]:
     uri, run = str(tracking.get("uri") or ""), tracking.get("run_id") or ""
     if not uri:
         return []
+    kept = tracking.get("kept")
+    words = f"           it was away: {kept} entries are kept in the store and are sent by the next run"
+    away = [words] if kept else []
     if tracking.get("url") or uri.startswith("http"):
-        return [f"  MLflow   {tracking.get('url') or uri} (run {run})"]
-    return [f"  MLflow   cdpo up, or: mlflow ui --backend-store-uri {uri} (run {run})"]
+        return [f"  MLflow   {tracking.get('url') or uri} (run {run})", *away]
+    return [f"  MLflow   cdpo up, or: mlflow ui --backend-store-uri {uri} (run {run})", *away]
 
 
 def _table(title: str, first: str, *others: str) -> Table:

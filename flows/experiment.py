@@ -25,6 +25,7 @@ from flows.prepare import prepare
 from flows.sections import takes_sections
 from tasks.environment import RUN_TAG
 from tasks.journal import Journal, announce
+from tasks.prefect_patience import part
 from tasks.preference_models import scorer_reports
 from tasks.records import Prepared, Scored
 from tasks.report import draw_figures, report_folder, write_json, write_report, write_samples
@@ -71,13 +72,13 @@ def sections(config: ExperimentConfig) -> dict[str, Any]:
 def _conduct(bench: Workbench) -> dict[str, Any]:
     journal = Journal(bench)
     try:
-        prepared = prepare(bench)
-        scored = preference_models(bench, prepared)
+        prepared = part(prepare, bench)
+        scored = part(preference_models, bench, prepared)
         reports = scorer_reports(bench, scored.scorers)
         journal.scorers(reports, scored.scorers)
         journal.data(prepared, scored)
-        alignment = align(bench, prepared, scored, journal)
-        evaluation = evaluate(bench, prepared, scored, alignment)
+        alignment = part(align, bench, prepared, scored, journal)
+        evaluation = part(evaluate, bench, prepared, scored, alignment)
         result = experiment_result(
             bench, journal, alignment.plan, reports, _outcome(prepared, scored, alignment, evaluation)
         )
@@ -90,6 +91,7 @@ def _conduct(bench: Workbench) -> dict[str, Any]:
         # A change of the code may give the same experiment another policy: each has a record of its own.
         bench.put_record(f"results/{journal.key}-{chosen[:12]}", result)
         journal.closed(result, folder)
+        result["tracking"]["kept"] = journal.tracker.kept()
         result["report"] = str(folder)
     except BaseException:
         journal.failed()

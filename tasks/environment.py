@@ -26,6 +26,12 @@ _QUIET = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # What MLflow does not take within a minute is kept and sent later: training does not wait for it.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    # 2 + 4 + … + 128 s: a run outlives a Prefect server that is away for minutes (the default gives up after 62 s).
+    "PREFECT_CLIENT_MAX_RETRIES": "7",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "cdpo_core,tasks,flows",
     # What is said outside any flow goes to the log file alone.
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",

@@ -38,7 +38,6 @@ from tasks.prefect_records import (
 )
 from tasks.records import Prepared, Scored
 from tasks.review import (
-    CHARTS,
     EXPERIMENT_NOTE,
     VIEW,
     artifact_address,
@@ -127,8 +126,6 @@ class Journal:
         for file in sorted(folder.iterdir()):
             if file.suffix == ".png":
                 self.tracker.log_file(self.run_id, file, f"figures/{file.name}")
-            if file.name in CHARTS:
-                self.tracker.log_image(self.run_id, file, CHARTS[file.name], ended)
         samples = folder / "samples.parquet"
         if samples.exists():
             import pandas as pd
@@ -161,9 +158,8 @@ class Journal:
         }
         figure = artifact_address(run_id, "figures/lambda_trajectory.png") if result["rounds"] else ""
         tracker.set_tags(run_id, {"mlflow.note.content": run_note(result, pages, figure)})
-        tracker.tag_experiment(review_view(self.bench.names, ended), keep=True)
         note = EXPERIMENT_NOTE.format(view=tracker.view_page(VIEW))
-        tracker.tag_experiment({"mlflow.note.content": note}, keep=True)
+        tracker.tag_experiment(run_id, {"mlflow.note.content": note, **review_view(self.bench.names, ended)})
         link_to_report(tracker.run_url(run_id, "/artifacts/report.html"), self.key)
 
     def _register(self, result: Mapping[str, Any]) -> None:

@@ -52,21 +52,22 @@ def round_points(
         timestamp: of the record, milliseconds.
 
     Returns:
-        dual/lambda (dual/lambda/<name> when m > 1), dual/violation (the largest E[c_i] - C_i) and policy/*; the
-        bare policy/cost, policy/cost_upper and policy/limit (for one chart of cost against limit) are the first
-        constraint's, each has its own when m > 1.
+        dual/* (lambda, cost, limit, reward, and violation, the largest E[c_i] - C_i) and policy/*. The charts of a run
+        are in the order of their names, so what is reviewed first is told under dual/. With m > 1 lambda, cost, limit
+        and cost_upper have a point for each constraint, dual/lambda/<name>; the bare policy/cost and policy/cost_upper
+        are the first one's.
     """
     lambdas, costs, uppers = (_each(record.get(key)) for key in ("lambda", "cost", "cost_upper"))
     values: dict[str, Any] = {f"policy/{key}": record.get(key) for key in ("reward", "kl", "safe_rate")}
-    values["policy/cost"], values["policy/cost_upper"], values["policy/limit"] = costs[0], uppers[0], limits[0]
+    values |= {"policy/cost": costs[0], "policy/cost_upper": uppers[0], "dual/reward": record.get("reward")}
     gaps = [cost - limit for cost, limit in zip(costs, limits, strict=False) if _is_finite(cost)]
     values["dual/violation"] = max(gaps, default=None)
-    if len(names) == 1:
-        values["dual/lambda"] = lambdas[0]
-    else:
-        values |= {f"policy/limit/{name}": limit for name, limit in zip(names, limits, strict=True)}
-        for key, figures in (("dual/lambda", lambdas), ("policy/cost", costs), ("policy/cost_upper", uppers)):
-            values |= {f"{key}/{name}": figure for name, figure in zip(names, figures, strict=False)}
+    by_constraint = {"dual/lambda": lambdas, "dual/cost": costs, "dual/limit": limits}
+    if len(names) > 1:
+        by_constraint |= {"policy/cost": costs, "policy/cost_upper": uppers}
+    for key, figures in by_constraint.items():
+        for name, figure in zip(names, figures, strict=False):
+            values[key if len(names) == 1 else f"{key}/{name}"] = figure
     return _points(values, int(record["round"]), timestamp)
 
 

@@ -36,7 +36,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import StateType
 from prefect.context import FlowRunContext
-from prefect.settings import PREFECT_API_URL
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Crashed
 from prefect.utilities.urls import url_for
 
@@ -49,6 +49,8 @@ log = logging.getLogger(__name__)
 
 UNFINISHED = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
 PROGRESS_SECONDS = 2.0
+AWAY_SECONDS = 30.0
+"""How long no progress is shown after it could not be: training does not wait for a server that is away."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -134,6 +136,7 @@ class ProgressArtifacts:
         self._every = every_seconds
         self._last: dict[str, float] = {}
         self._artifacts: dict[str, UUID] = {}
+        self._away_until = 0.0
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Report that `done` of `total` steps of the part `what` are done."""
@@ -149,10 +152,15 @@ class ProgressArtifacts:
             del self._last[what]
 
     def _show(self, what: str, percent: float) -> None:
-        if what in self._artifacts:
-            _update_progress(self._artifacts[what], percent)
-        elif (artifact := _create_progress(what, percent)) is not None:
-            self._artifacts[what] = artifact
+        if time.monotonic() < self._away_until or _this_run() is None:
+            return
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+            known = self._artifacts.get(what)
+            shown = _create_progress(what, percent) if known is None else _update_progress(known, percent)
+        if shown is None:
+            self._away_until = time.monotonic() + AWAY_SECONDS
+        else:
+            self._artifacts[what] = shown
 
 
 @_recorded
@@ -161,8 +169,8 @@ def _create_progress(what: str, percent: float) -> UUID:
 
 
 @_recorded
-def _update_progress(artifact: UUID, percent: float) -> None:
-    update_progress_artifact(artifact, percent)
+def _update_progress(artifact: UUID, percent: float) -> UUID:
+    return cast(UUID, update_progress_artifact(artifact, percent))
 
 
 def rounds_markdown(rounds: Sequence[Mapping[str, Any]], names: Sequence[str], limits: Sequence[float]) -> str:

@@ -22,12 +22,6 @@ EXPERIMENT_NOTE = (
     "Constrained DPO: each run is an experiment (from data to a policy tested against its limit) or a sweep, with its "
     "experiments as children. The saved view [Review]({view}) shows λ, cost against limit, and reward of all of them."
 )
-# The section of the charts that MLflow shows first, where λ is.
-CHARTS = {
-    "lambda_trajectory.png": "dual/lambda and cost against the limit",
-    "reward_and_cost.png": "dual/reward and cost by round",
-    "frontier.png": "frontier/reward over cost",
-}
 
 
 def run_note(result: Mapping[str, Any], pages: Mapping[str, str], figure: str) -> str:

@@ -46,8 +46,8 @@ def review_state(params: Sequence[str], costs: Sequence[str] = (), parent_run_id
     suffixes = [f"/{name}" for name in costs] or [""]
     charts = [
         _line("lambda", *(f"dual/lambda{suffix}" for suffix in suffixes)),
-        *(_line(f"cost{index}", f"policy/cost{s}", f"policy/limit{s}") for index, s in enumerate(suffixes)),
-        _line("reward", "policy/reward"),
+        *(_line(f"cost{index}", f"dual/cost{s}", f"dual/limit{s}") for index, s in enumerate(suffixes)),
+        _line("reward", "dual/reward"),
         _parallel(params),
     ]
     sections = [_section(OWN_SECTION, shown=True)]
@@ -57,7 +57,7 @@ def review_state(params: Sequence[str], costs: Sequence[str] = (), parent_run_id
         "searchFilter": f"tags.mlflow.parentRunId = '{parent_run_id}'" if parent_run_id else EXPERIMENTS,
         # Params are compared as text, so the order by limit is that of its metric; any order but by time lists
         # children beside each other instead of folded under their parent.
-        "orderByKey": f"metrics.`policy/limit{suffixes[0]}`",
+        "orderByKey": f"metrics.`dual/limit{suffixes[0]}`",
         "orderByAsc": True,
         "selectedColumns": columns,
         "compareRunCharts": charts,
@@ -67,7 +67,9 @@ def review_state(params: Sequence[str], costs: Sequence[str] = (), parent_run_id
 
 
 def _section(name: str, *, shown: bool) -> dict[str, Any]:
-    return {"uuid": name, "name": name, "display": shown, "isReordered": True, "deleted": False, "isGenerated": False}
+    # Two cards a row leave parallel coordinates the room their labels need.
+    look = {"display": shown, "isReordered": True, "deleted": False, "isGenerated": False, "columns": 2}
+    return {"uuid": name, "name": name, **look}
 
 
 def _line(uuid: str, *metrics: str) -> dict[str, Any]:

@@ -6,10 +6,12 @@ import pytest
 from chain_kit import finished
 from servers_mlflow import _empty_mlflow_database, mlflow_home, mlflow_server
 from servers_prefect import prefect_server
+from servers_restarted import failing_s3
 from servers_s3 import s3_endpoint, s3_uri
 
 __all__ = [
     "_empty_mlflow_database",
+    "failing_s3",
     "finished",
     "mlflow_home",
     "mlflow_server",

@@ -29,11 +29,13 @@ def test_points_of_a_round() -> None:
     assert {(point.step, point.timestamp_ms) for point in points} == {(2, 123)}
     assert _by_name(points) == {
         "dual/lambda": 0.5,
+        "dual/cost": -0.2,
+        "dual/limit": -0.5,
+        "dual/reward": 1.0,
         "dual/violation": pytest.approx(0.3),
         "policy/reward": 1.0,
         "policy/cost": -0.2,
         "policy/cost_upper": 0.1,
-        "policy/limit": -0.5,
         "policy/kl": 0.7,
     }
 
@@ -53,7 +55,8 @@ def test_points_of_a_round_with_two_constraints() -> None:
     assert points["dual/violation"] == pytest.approx(0.4)
     assert (points["policy/cost"], points["policy/cost/privacy"]) == (-0.6, 0.4)
     assert points["policy/cost_upper/privacy"] == 0.6
-    assert (points["policy/limit"], points["policy/limit/harm"], points["policy/limit/privacy"]) == (-0.5, -0.5, 0.0)
+    assert (points["dual/limit/harm"], points["dual/limit/privacy"]) == (-0.5, 0.0)
+    assert (points["dual/cost/harm"], points["dual/reward"]) == (-0.6, 1.0)
 
 
 def test_points_of_training_follow_each_other_over_rounds() -> None:
