@@ -26,10 +26,11 @@ from flows.sections import takes_sections
 from tasks.environment import RUN_TAG
 from tasks.journal import Journal, announce
 from tasks.prefect_patience import part
+from tasks.prefect_records import flow_run_id
 from tasks.preference_models import scorer_reports
 from tasks.records import Prepared, Scored
 from tasks.report import draw_figures, report_folder, write_json, write_report, write_samples
-from tasks.result import Outcome, experiment_result
+from tasks.result import Outcome, experiment_result, outcome_name
 from tasks.workbench import Workbench, open_workbench, outcome, report_progress_to
 
 STATE_NAMES = {"certified": "Certified", "not_certified": "NotCertified", "infeasible": "Infeasible"}
@@ -43,6 +44,10 @@ def experiment(config: ExperimentConfig) -> State[dict[str, Any]]:
     announce(bench)
     check_before_run(config)
     result = _conduct(bench)
+    if run_id := flow_run_id():
+        # A run that is started again ends with another record; what waits for this one reads it by the run's id.
+        bench.store.delete_record(outcome_name(run_id))
+        bench.put_record(outcome_name(run_id), result)
     return Completed(name=STATE_NAMES[result["status"]], message=result["verdict"], data=result)
 
 

@@ -82,13 +82,24 @@ def announce_run(identity: str) -> None:
     """
     run = _this_run()
     assert run is not None
-    tag = f"experiment:{identity}"
+    tag = experiment_tag(identity)
     with get_client(sync_client=True) as client:
         client.update_flow_run(run.id, tags=sorted({*run.tags, tag}))
         client.update_flow_run_labels(run.id, _this_process())
         for predecessor in _unfinished_with(client, tag):
             if predecessor.id != run.id and _is_dead(predecessor.labels):
                 _mark_crashed(client, predecessor, run)
+
+
+def experiment_tag(identity: str) -> str:
+    """The tag of every flow run that works on this experiment or sweep."""
+    return f"experiment:{identity}"
+
+
+def flow_run_id() -> str:
+    """The id of the running flow's run; "" outside a flow run."""
+    run = _this_run()
+    return "" if run is None else str(run.id)
 
 
 def flow_run_url() -> str:
@@ -262,7 +273,7 @@ def _unfinished_with(client: SyncPrefectClient, tag: str) -> list[FlowRun]:
 
 
 def _mark_crashed(client: SyncPrefectClient, dead: FlowRun, successor: FlowRun) -> None:
-    """Crashed, for the run and for every subflow and task of it that seems to run."""
+    """Crashed, for the run and for every subflow and task that seems to run in its process."""
     state: State[Any] = Crashed(
         message=f"Its process was killed; the run {successor.name} ({successor.id}) continues it."
     )
@@ -280,7 +291,9 @@ def _with_subflows(client: SyncPrefectClient, run: FlowRun) -> Iterator[FlowRun]
     unfinished = FlowRunFilterState(type=FlowRunFilterStateType(any_=UNFINISHED))
     below = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[run.id]), state=unfinished)
     for child in client.read_flow_runs(flow_run_filter=below):
-        yield from _with_subflows(client, child)
+        # A run of a deployment has a process of its own, which lives on.
+        if child.deployment_id is None:
+            yield from _with_subflows(client, child)
 
 
 def _slug(text: str) -> str:
