@@ -97,13 +97,13 @@ def _outcome(result: Record) -> str:
     if result["status"] == "certified":
         return (
             f"On {certificate['prompts']} held-out prompts the policy's mean {what}, as the cost model measures it, is "
-            f"at most {signed(bounds)} {confidence}; {signed(allowed, 'g')} was allowed."
+            f"at most {signed(bounds, '.3f')} {confidence}; {signed(allowed, 'g')} was allowed."
         )
     means = [item["certificate"]["mean"] for item in result["constraints"]]
     return (
-        f"The best policy found has a mean {what} of {signed(means)} on {certificate['prompts']} held-out prompts, and "
-        f"{confidence} it is at most {signed(bounds)}; {signed(allowed, 'g')} was allowed. Do not use it where the "
-        "limit must hold."
+        f"The best policy found has a mean {what} of {signed(means, '.3f')} on {certificate['prompts']} held-out "
+        f"prompts, and {confidence} it is at most {signed(bounds, '.3f')}; {signed(allowed, 'g')} was allowed. Do not "
+        "use it where the limit must hold."
     )
 
 

@@ -12,7 +12,7 @@ from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.evaluation.result import mean_figures, verdict
 from tasks.prefect_records import interval_cell, markdown_table
 from tasks.records import Prepared, Scored
-from tasks.report_words import STATES, explained, headline, signed
+from tasks.report_words import explained, headline
 from tasks.review_views import review_state, saved_view
 from tasks.workbench import Workbench
 
@@ -38,46 +38,11 @@ def run_note(result: Mapping[str, Any], pages: Mapping[str, str], figure: str) -
     words = explained(result)
     parts = [
         f"**{headline(result)}.** {words[0]}",
-        _links(pages),
+        link_line(pages),
         *words[1:],
         markdown_table(["method", *heads], cells),
     ]
-    return "\n\n".join([*parts, *_figure("λ and cost against the limit", figure)])
-
-
-def sweep_note(result: Mapping[str, Any], pages: Mapping[str, str], figure: str) -> str:
-    """The description of a sweep's run (markdown): the choice first."""
-    chosen = result["chosen"]
-    heads = ["limit", "verdict", "λ", "reward", "cost"]
-    cells = [
-        [
-            f"**{signed(point['limit'], 'g')}**"
-            if chosen and chosen["limit"] == point["limit"]
-            else signed(point["limit"], "g"),
-            STATES.get(point["status"], point["status"]),
-            signed(point["lambda"], ".3g"),
-            interval_cell(point["reward"]),
-            interval_cell(point["cost"]),
-        ]
-        for point in result["frontier"]
-    ]
-    parts = [choice_in_words(result), _links(pages), markdown_table(heads, cells)]
-    return "\n\n".join([*parts, *_figure("reward over cost", figure)])
-
-
-def choice_in_words(result: Mapping[str, Any]) -> str:
-    """Which policy of a sweep was chosen, and why; or that none was."""
-    chosen, tried = result["chosen"], len(result["frontier"])
-    if not chosen:
-        return (
-            f"None chosen: no policy is certified when the error probability is shared among the {tried} experiments."
-        )
-    reward = signed(chosen["test"]["reward"]["mean"])
-    return (
-        f"Chosen: the policy of limit {signed(chosen['limit'], 'g')}. Of those still certified at "
-        f"δ = {chosen['delta']:.3g}, the error probability divided by the {tried} experiments it was picked from, it "
-        f"earns the most reward ({reward})."
-    )
+    return "\n\n".join([*parts, *figure_lines("λ and cost against the limit", figure)])
 
 
 def version_note(result: Mapping[str, Any], page: str) -> str:
@@ -129,9 +94,11 @@ def _dataset(name: str, ref: ArtifactRef, profile: Mapping[str, int], context: s
     }
 
 
-def _links(pages: Mapping[str, str]) -> str:
+def link_line(pages: Mapping[str, str]) -> str:
+    """Links beside each other (markdown), without those that lead nowhere ("")."""
     return " · ".join(f"[{text}]({address})" for text, address in pages.items() if address)
 
 
-def _figure(title: str, address: str) -> list[str]:
+def figure_lines(title: str, address: str) -> list[str]:
+    """A picture (markdown), or nothing without an address."""
     return [f"![{title}]({address})"] if address else []

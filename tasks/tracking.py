@@ -196,6 +196,11 @@ class Tracker:
         self._submit(run_id, "file", path=artifact_path, content=file)
 
     @_tracked(None)
+    def log_text(self, run_id: str, text: str, artifact_path: str) -> None:
+        """Send a text to `artifact_path`."""
+        self._submit(run_id, "file", path=artifact_path, content=text.encode())
+
+    @_tracked(None)
     def log_record(self, run_id: str, record: Mapping[str, Any], artifact_path: str) -> None:
         """Send a JSON record to `artifact_path`."""
         text = json.dumps(record, indent=2, ensure_ascii=False)
