@@ -181,7 +181,7 @@ class EvaluationConfig(Section):
 class StoreConfig(Section):
     """Where artifacts live; credentials come from the environment only."""
 
-    uri: str = Field("", description="A folder or s3://bucket/prefix; empty is the `store` folder under CDPO_HOME (.cdpo).", json_schema_extra={"position": 0})
+    uri: str = Field("", description="A folder or s3://bucket/prefix; empty is CDPO_STORE, else the `store` folder under CDPO_HOME (.cdpo).", json_schema_extra={"position": 0})
 
 
 class TrackingConfig(Section):

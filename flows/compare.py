@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from tasks.comparison import ComparisonJournal
 from tasks.environment import RUN_TAG
 from tasks.evaluation import limits_by_name
 from tasks.metric_points import timestamp_ms
+from tasks.prefect_patience import begun
 from tasks.workbench import open_workbench, outcome, report_progress_to
 
 Limits = Annotated[list[str], Field(min_length=1)]
@@ -95,7 +97,8 @@ def _conduct(
     settings = _settings(config, limits, methods)
     records = []
     for seed in seeds:
-        records += one_world(config, seed, list(limits), [method.name for method in methods], settings)
+        names = [method.name for method in methods]
+        records += begun(partial(one_world, config, seed, list(limits), names, settings))
     return {
         "records": records,
         "table": comparison_table(records, OURS),

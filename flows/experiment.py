@@ -25,10 +25,12 @@ from flows.prepare import prepare
 from flows.sections import takes_sections
 from tasks.environment import RUN_TAG
 from tasks.journal import Journal, announce
+from tasks.prefect_patience import part
+from tasks.prefect_records import flow_run_id
 from tasks.preference_models import scorer_reports
 from tasks.records import Prepared, Scored
-from tasks.report import draw_figures, report_folder, write_json, write_samples
-from tasks.result import Outcome, experiment_result
+from tasks.report import draw_figures, report_folder, write_json, write_report, write_samples
+from tasks.result import Outcome, experiment_result, outcome_name
 from tasks.workbench import Workbench, open_workbench, outcome, report_progress_to
 
 STATE_NAMES = {"certified": "Certified", "not_certified": "NotCertified", "infeasible": "Infeasible"}
@@ -42,6 +44,10 @@ def experiment(config: ExperimentConfig) -> State[dict[str, Any]]:
     announce(bench)
     check_before_run(config)
     result = _conduct(bench)
+    if run_id := flow_run_id():
+        # A run that is started again ends with another record; what waits for this one reads it by the run's id.
+        bench.store.delete_record(outcome_name(run_id))
+        bench.put_record(outcome_name(run_id), result)
     return Completed(name=STATE_NAMES[result["status"]], message=result["verdict"], data=result)
 
 
@@ -71,23 +77,26 @@ def sections(config: ExperimentConfig) -> dict[str, Any]:
 def _conduct(bench: Workbench) -> dict[str, Any]:
     journal = Journal(bench)
     try:
-        prepared = prepare(bench)
-        scored = preference_models(bench, prepared)
+        prepared = part(prepare, bench)
+        scored = part(preference_models, bench, prepared)
         reports = scorer_reports(bench, scored.scorers)
         journal.scorers(reports, scored.scorers)
-        alignment = align(bench, prepared, scored, journal)
-        evaluation = evaluate(bench, prepared, scored, alignment)
+        journal.data(prepared, scored)
+        alignment = part(align, bench, prepared, scored, journal)
+        evaluation = part(evaluate, bench, prepared, scored, alignment)
         result = experiment_result(
             bench, journal, alignment.plan, reports, _outcome(prepared, scored, alignment, evaluation)
         )
         folder = report_folder(journal.key, bench.config.name)
         draw_figures(bench, result, alignment.plan, alignment.history, evaluation.test, folder)
         write_samples(bench, prepared, evaluation.test, folder)
+        result["report_artifact"] = write_report(bench, result, folder).model_dump()
         write_json(result, folder / "result.json")
         chosen = (result["policy"] or {}).get("digest", "none")
         # A change of the code may give the same experiment another policy: each has a record of its own.
         bench.put_record(f"results/{journal.key}-{chosen[:12]}", result)
         journal.closed(result, folder)
+        result["tracking"]["kept"] = journal.tracker.kept()
         result["report"] = str(folder)
     except BaseException:
         journal.failed()

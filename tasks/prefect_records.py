@@ -23,7 +23,7 @@ from prefect.artifacts import (
 )
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
-from prefect.settings import PREFECT_API_URL
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.utilities.urls import url_for
 
 from tasks.attempts import end_dead_runs, end_former_attempt, this_process
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 2.0
+AWAY_SECONDS = 30.0
+"""How long no progress is shown after it could not be: training does not wait for a server that is away."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -70,13 +72,24 @@ def announce_run(identity: str) -> None:
     run = _this_run()
     assert run is not None
     outlive_the_worker(run)
-    tag = f"experiment:{identity}"
+    tag = experiment_tag(identity)
     with get_client(sync_client=True) as client:
         former = client.read_flow_run(run.id)
         client.update_flow_run(run.id, tags=sorted({*run.tags, tag}))
         client.update_flow_run_labels(run.id, this_process())
         end_former_attempt(client, former)
         end_dead_runs(client, tag, run)
+
+
+def experiment_tag(identity: str) -> str:
+    """The tag of every flow run that works on this experiment or sweep."""
+    return f"experiment:{identity}"
+
+
+def flow_run_id() -> str:
+    """The id of the running flow's run; "" outside a flow run."""
+    run = _this_run()
+    return "" if run is None else str(run.id)
 
 
 def flow_run_url() -> str:
@@ -92,6 +105,13 @@ def link_to_mlflow(url: str, identity: str) -> None:
     """A link artifact from the flow run to its MLflow run; nothing when there is no page (`url` is "")."""
     if url:
         create_link_artifact(url, "MLflow run", key=f"mlflow-{_slug(identity)}", description="The run in MLflow")
+
+
+@_recorded
+def link_to_report(url: str, identity: str) -> None:
+    """A link artifact to the report for people; nothing when no server shows it (`url` is "")."""
+    if url:
+        create_link_artifact(url, "Report", key=f"report-{_slug(identity)}", description="The report, in plain words")
 
 
 @_recorded
@@ -117,6 +137,7 @@ class ProgressArtifacts:
         self._every = every_seconds
         self._last: dict[str, float] = {}
         self._artifacts: dict[str, UUID] = {}
+        self._away_until = 0.0
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Report that `done` of `total` steps of the part `what` are done."""
@@ -132,10 +153,15 @@ class ProgressArtifacts:
             del self._last[what]
 
     def _show(self, what: str, percent: float) -> None:
-        if what in self._artifacts:
-            _update_progress(self._artifacts[what], percent)
-        elif (artifact := _create_progress(what, percent)) is not None:
-            self._artifacts[what] = artifact
+        if time.monotonic() < self._away_until or _this_run() is None:
+            return
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+            known = self._artifacts.get(what)
+            shown = _create_progress(what, percent) if known is None else _update_progress(known, percent)
+        if shown is None:
+            self._away_until = time.monotonic() + AWAY_SECONDS
+        else:
+            self._artifacts[what] = shown
 
 
 @_recorded
@@ -144,8 +170,8 @@ def _create_progress(what: str, percent: float) -> UUID:
 
 
 @_recorded
-def _update_progress(artifact: UUID, percent: float) -> None:
-    update_progress_artifact(artifact, percent)
+def _update_progress(artifact: UUID, percent: float) -> UUID:
+    return cast(UUID, update_progress_artifact(artifact, percent))
 
 
 def rounds_markdown(rounds: Sequence[Mapping[str, Any]], names: Sequence[str], limits: Sequence[float]) -> str:

@@ -26,7 +26,7 @@ from cdpo_core.stages import (
     pick,
     resolve,
 )
-from tasks.environment import cdpo_home
+from tasks.environment import cdpo_home, default_store
 from tasks.external import RESERVED_BASES, external_model
 from tasks.prefect_records import ProgressArtifacts
 from tasks.sources import source_ref
@@ -160,7 +160,7 @@ def _store_at(uri: str) -> Store:
 
 def store_of(config: ExperimentConfig) -> Store:
     """The experiment's store; one object for each address and process."""
-    return _store_at(config.store.uri or str(cdpo_home() / "store"))
+    return _store_at(config.store.uri or default_store())
 
 
 def open_workbench(config: ExperimentConfig) -> Workbench:

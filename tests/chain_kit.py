@@ -85,6 +85,9 @@ class Running:
         command = [sys.executable, "-m", "flows.cli", "run", *words(*arguments), "--json", str(self.result)]
         environment = {**os.environ, "CDPO_HOME": str(home), "PREFECT_API_URL": prefect_api}
         environment.pop("MLFLOW_TRACKING_URI", None)
+        if not prefect_api:  # the command starts a server of its own
+            del environment["PREFECT_API_URL"]
+            environment["PREFECT_HOME"] = str(home / "prefect")
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
