@@ -30,14 +30,12 @@ from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling, Crashed, Scheduled
 
-from deployments.automations import make_automations
 from deployments.bootstrap import bootstrap
 from flows.pools import POOL
 from flows.processes import MARKER, Child, end_marked, free_port, http_json
-from tasks.environment import HEARTBEAT_SECONDS
+from tasks.environment import HEARTBEAT
 
 UNFINISHED = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
-HEARTBEAT = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)}
 DEPLOYMENT = "experiment/experiment"
 
 
@@ -64,7 +62,6 @@ class Team:
         self.client = SyncPrefectClient(self.api)
         with temporary_settings({PREFECT_API_URL: self.api}):
             bootstrap()
-        make_automations(self.client)
 
     def close(self) -> None:
         """End whatever was started."""
