@@ -15,6 +15,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from cdpo_core.errors import InputError
 from flows.command_line import check_writable, default_to_nothing, split_tokens, write_json
+from flows.store import store as store_commands
 from flows.terminal import log_to_file, print_error, showing_progress
 from tasks.environment import cdpo_home, quiet_environment
 
@@ -285,7 +286,10 @@ def sample(
     return DONE
 
 
-@app.command(sort_key=8, help_epilogue="")
+app.command(store_commands)
+
+
+@app.command(sort_key=9, help_epilogue="")
 def up(
     *,
     prefect_port: Annotated[int, Parameter(help="Port of the Prefect server.", metavar="PORT")] = 4200,
@@ -300,7 +304,7 @@ def up(
     return serve(prefect_port, mlflow_port)
 
 
-@app.command(sort_key=9, help_epilogue="")
+@app.command(sort_key=10, help_epilogue="")
 def doctor(
     config: Annotated[str, Parameter(help="YAML file or preset.")] = "testbed", *, overrides: Overrides = None
 ) -> int:

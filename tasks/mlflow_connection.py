@@ -53,6 +53,28 @@ def connect(tracking: TrackingConfig, home: Path) -> tuple[Any, str, str]:
             return client, uri, _find_or_create_experiment(client, tracking.experiment, artifacts)
 
 
+def reader(tracking: TrackingConfig, home: Path) -> tuple[Any, str]:
+    """A client that only reads, and the address; nothing is made there. (None, address) where no run was ever tracked.
+
+    Args:
+        tracking: see `connect`.
+        home: see `connect`.
+
+    Raises:
+        InputError: see `connect`.
+    """
+    quiet_environment()
+    uri = given_address(tracking)
+    if not uri and not (home / "mlflow.db").exists():
+        return None, local_mlflow(home)[0]
+    uri = uri or local_mlflow(home)[0]
+    _check_reachable(uri)
+    with mlflow_errors(InputError, without_secrets(uri), FIX), _alone_at_the_tables(uri):
+        from mlflow import MlflowClient
+
+        return MlflowClient(tracking_uri=uri, registry_uri=uri), uri
+
+
 def given_address(tracking: TrackingConfig) -> str:
     """The config's address, else MLFLOW_TRACKING_URI, else "".
 

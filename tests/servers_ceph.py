@@ -158,7 +158,11 @@ class Ceph:
     def _start(self, *command: str) -> None:
         with (self.folder / f"{command[0]}.out").open("ab") as log:
             process = subprocess.Popen(
-                [*self._command(*command), "-f"], stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+                [*self._command(*command), "-f"],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
         self._processes.append(process)
 
