@@ -34,7 +34,10 @@ _SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*(w|d|h|m|s)")
 _SECONDS = {"w": 604800, "d": 86400, "h": 3600, "m": 60, "s": 1}
 
 StoreUri = Annotated[
-    str, Parameter(name="--store", help="Artifact store: a folder, or s3://bucket/prefix.", metavar="URI")
+    str,
+    Parameter(
+        name="--store", help="Artifact store: a folder, or s3://bucket/prefix.", metavar="URI", show_default=False
+    ),
 ]
 Json = Annotated[Path | None, Parameter(name="--json", help="Write what is found to this file.", metavar="FILE")]
 Overrides = Annotated[dict[str, str] | None, Parameter(parse=False)]
@@ -44,17 +47,22 @@ store = App(
     sort_key=8,
     help="What the artifact store holds, whether it is whole, what can go.",
     help_format="plaintext",
+    help_epilogue="",
     usage="Usage: cdpo store COMMAND [ARGUMENTS]",
 )
 
 
 @store.command(sort_key=1, help_epilogue="")
 def ls(
-    ref: Annotated[str, Parameter(help="One artifact: <stage>/<beginning of its key>, or a reference.")] = "",
+    ref: Annotated[
+        str, Parameter(help="One artifact: <stage>/<beginning of its key>, or a reference.", show_default=False)
+    ] = "",
     /,
     *,
-    run: Annotated[str, Parameter(help="One run, by its name or the beginning of its key.", metavar="NAME")] = "",
-    all_: Annotated[bool, Parameter(name="--all", negative="", help="List each artifact.")] = False,
+    run: Annotated[
+        str, Parameter(help="One run, by its name or the beginning of its key.", metavar="NAME", show_default=False)
+    ] = "",
+    all_: Annotated[bool, Parameter(name="--all", negative="", show_default=False, help="List each artifact.")] = False,
     store: StoreUri = "",
     json: Json = None,
     overrides: Overrides = None,
@@ -84,7 +92,7 @@ def ls(
 def verify(
     *,
     repair: Annotated[
-        bool, Parameter(negative="", help="Set aside what is corrupt: the next run computes it.")
+        bool, Parameter(negative="", show_default=False, help="Set aside what is corrupt: the next run computes it.")
     ] = False,
     store: StoreUri = "",
     json: Json = None,
@@ -111,15 +119,27 @@ def gc(
     ] = "30d",
     drop_run: Annotated[
         list[str] | None,
-        Parameter(negative="", help="Release a run, by its name or the beginning of its key.", metavar="NAME"),
+        Parameter(
+            negative="",
+            show_default=False,
+            help="Release a run, by its name or the beginning of its key.",
+            metavar="NAME",
+        ),
     ] = None,
     with_policies: Annotated[
-        bool, Parameter(negative="", help="Release the certified policies of these runs too, but no registered one.")
+        bool,
+        Parameter(
+            negative="",
+            show_default=False,
+            help="Release the certified policies of these runs too, but no registered one.",
+        ),
     ] = False,
     idle: Annotated[
-        bool, Parameter(negative="", help="No run works on this store: AGE may be less than a day.")
+        bool, Parameter(negative="", show_default=False, help="No run works on this store: AGE may be less than a day.")
     ] = False,
-    yes: Annotated[bool, Parameter(negative="", help="Delete; without it only show what would go.")] = False,
+    yes: Annotated[
+        bool, Parameter(negative="", show_default=False, help="Delete; without it only show what would go.")
+    ] = False,
     store: StoreUri = "",
     json: Json = None,
     overrides: Overrides = None,

@@ -147,7 +147,7 @@ class Ceph:
             time.sleep(0.05)
 
     def _command(self, program: str, *arguments: str | Path) -> list[str]:
-        return [needed(program, PACKAGES), *map(str, arguments), "-c", str(self._config)]
+        return [needed(program, PACKAGES), "-c", str(self._config), *map(str, arguments)]
 
     def _do(self, program: str, *arguments: str | Path) -> None:
         done = subprocess.run(
