@@ -148,7 +148,7 @@ def print_plan(plan: Plan, console: Console, *, done: bool) -> None:
     if table.row_count:
         console.print(table)
     for artifact in plan.artifacts[:SHOWN]:
-        _print(console, f"  {artifact.name} ({artifact.manifest.kind}, {size(artifact.size)})")
+        _print(console, f"  {_short(artifact.name)} ({artifact.manifest.kind}, {size(artifact.size)})")
     _more(console, plan.artifacts)
     kept = ", ".join(f"{number} {reason}" for reason, number in plan.kept.items() if number) or "nothing"
     _print(console, f"kept (an artifact may have several reasons): {kept}")
@@ -168,17 +168,16 @@ def _artifacts(rows: Sequence[Record]) -> Table:
     table = _table("Each artifact", "artifact", "kind", "size", "last used", "runs")
     for row in rows:
         cells = (size(row["bytes"]), f"{span(row['age_seconds'])} ago", str(len(row["used_by"]) or "none"))
-        table.add_row(row["name"], row["kind"], *cells)
+        table.add_row(_short(row["name"]), row["kind"], *cells)
     return table
 
 
 def _policies(rows: Sequence[Record]) -> Table:
     table = _table("Policies", "policy", "status", "registered as", "run", "size")
     for row in rows:
-        stage, _, key = row["name"].partition("/")
         names = ", ".join(dict.fromkeys(row["runs"]))
         status = row["status"].replace("_", " ")
-        table.add_row(f"{stage}/{key[:12]}", status, ", ".join(row["registered"]), names, size(row["bytes"]))
+        table.add_row(_short(row["name"]), status, ", ".join(row["registered"]), names, size(row["bytes"]))
     return table
 
 
@@ -197,6 +196,12 @@ def _table(title: str, *heads: str) -> Table:
     for head in heads:
         table.add_column(head, overflow="fold", justify="right" if head in ("number", "size", "its alone") else "left")
     return table
+
+
+def _short(name: str) -> str:
+    """What `cdpo store ls` and `cdpo export` take for an artifact."""
+    stage, _, key = name.partition("/")
+    return f"{stage}/{key[:12]}"
 
 
 def _more(console: Console, items: Sequence[Any]) -> None:

@@ -97,9 +97,20 @@ class Ceph:
         self._do("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", disk, "--no-mon-config")
         self._start("ceph-osd", "-i", "0")
         self._wait_for_disk()
-        user = ["--uid=test", "--display-name=test", f"--access-key={self.server.key}"]
-        self._do("radosgw-admin", "--no-mon-config", "user", "create", *user, f"--secret={self.server.secret}")
+        self._make_user("test", self.server)
         self._start_gateway()
+
+    def another_user(self) -> S3Server:
+        """A user who owns nothing."""
+        name = uuid.uuid4().hex[:12]
+        stranger = S3Server(self.server.endpoint, name.upper(), f"secret-of-{name}")
+        self._make_user(name, stranger)
+        return stranger
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started and not killed since."""
+        return bool(self._processes)
 
     def start(self) -> None:
         """Start the cluster again after `kill`, with all it had stored."""
@@ -115,6 +126,10 @@ class Ceph:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         self._processes.clear()
+
+    def _make_user(self, name: str, user: S3Server) -> None:
+        words = [f"--uid={name}", f"--display-name={name}", f"--access-key={user.key}", f"--secret={user.secret}"]
+        self._do("radosgw-admin", "--no-mon-config", "user", "create", *words)
 
     def _start_gateway(self) -> None:
         endpoint = self.server.endpoint.removeprefix("http://")

@@ -26,6 +26,16 @@ def artifact(folder: Path, key: str = "k" * 8, **files: str) -> tuple[Path, Mani
     return folder, Manifest(stage="sft", key=key, kind="policy", digest=files_digest(entries), files=entries)
 
 
+def made(
+    store: Store, folder: Path, stage: str, key: str, inputs: dict[str, Manifest], files: dict[str, str]
+) -> Manifest:
+    """A published artifact of some stage, made from others."""
+    out, manifest = artifact(folder / "made" / f"{stage}-{key}", key, **files)
+    digests = {name: item.digest for name, item in inputs.items()}
+    kind = "policy" if stage == "round" else stage
+    return store.publish(out, manifest.model_copy(update={"stage": stage, "kind": kind, "inputs": digests}))
+
+
 def contents(folder: Path) -> dict[str, str]:
     return {p.relative_to(folder).as_posix(): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
 
@@ -40,6 +50,7 @@ class Backend:
     remove: Callable[[str], None]
     names: Callable[[str], list[str]]
     anew: Callable[[], Store]
+    left_behind: Callable[[], None]
 
 
 @pytest.fixture(params=["folder", "moto", "ceph"])
@@ -60,7 +71,14 @@ def backend(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     def anew() -> Store:
         return LocalStore(root)
 
-    return Backend(str(root), open_store(str(root)), overwrite, lambda name: (root / name).unlink(), names, anew)
+    def left_behind() -> None:
+        for name in ("tmp/abc", "records/probe/abc.json"):
+            (root / name).parent.mkdir(exist_ok=True)
+            (root / name).write_text("half")
+
+    return Backend(
+        str(root), open_store(str(root)), overwrite, lambda name: (root / name).unlink(), names, anew, left_behind
+    )
 
 
 def bucket_backend(uri: str, tmp_path: Path) -> Backend:
@@ -75,6 +93,12 @@ def bucket_backend(uri: str, tmp_path: Path) -> Backend:
         shutil.rmtree(tmp_path / "home", ignore_errors=True)
         return open_store(uri)
 
+    def left_behind() -> None:
+        client.put_object(Bucket=bucket, Key=f"{prefix}/probe/abc", Body=b"1")
+        place = {"Bucket": bucket, "Key": f"{prefix}/objects/abc"}
+        upload = client.create_multipart_upload(**place)["UploadId"]
+        client.upload_part(**place, UploadId=upload, PartNumber=1, Body=b"half")
+
     return Backend(
         uri,
         open_store(uri),
@@ -82,4 +106,5 @@ def bucket_backend(uri: str, tmp_path: Path) -> Backend:
         lambda name: client.delete_object(Bucket=bucket, Key=f"{prefix}/{name}"),
         names,
         anew,
+        left_behind,
     )

@@ -200,7 +200,7 @@ def _gone(shelves: Shelves, items: Sequence[Item], before: float, what: str, pro
 
 def _remove(shelves: Shelves, item: Item, before: float) -> bool:
     now = shelves.item(item.name)
-    if now is None or (now.time >= before and now != item):
+    if now is None or (now.time >= before and now.time > item.time):
         return False
     shelves.remove(item.name)
     return True
