@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -143,15 +144,21 @@ class Ceph:
         return False
 
     def _wait_for_disk(self) -> None:
-        # After a kill the monitor takes the dead disk for up until the new one has said hello: ask the disk itself.
-        self._wait("the disk", lambda: self._answers("ceph", "--connect-timeout", "5", "tell", "osd.0", "version"))
+        # After a kill the monitor takes the dead disk for up, until the new one has said hello.
+        pid = self._processes[-1].pid
+        self._wait("the disk", lambda: pid in self._serving_disks())
 
-    def _answers(self, *command: str) -> bool:
+    def _serving_disks(self) -> list[int]:
+        """The process ids of the disks that the monitor knows to be up."""
+        command = self._command("ceph", "--connect-timeout", "5", "osd", "dump", "--format", "json")
         try:
-            done = subprocess.run(self._command(*command), capture_output=True, timeout=20, check=False)
+            done = subprocess.run(command, capture_output=True, timeout=20, check=False)
         except subprocess.TimeoutExpired:
-            return False
-        return done.returncode == 0
+            return []
+        if done.returncode != 0:
+            return []
+        disks = [disk for disk in json.loads(done.stdout)["osds"] if disk["up"]]
+        return [address["nonce"] for disk in disks for address in disk["public_addrs"]["addrvec"]]
 
     def _wait(self, what: str, ready: Callable[[], bool]) -> None:
         deadline = time.monotonic() + SECONDS
