@@ -251,7 +251,9 @@ class LocalStore:
     def record_names(self, prefix: str) -> list[str]:
         """Sorted names of the records whose name starts with `prefix`."""
         folder = self.root / "records"
-        names = (path.relative_to(folder).as_posix().removesuffix(".json") for path in folder.rglob("*.json"))
+        # Only the folder that the prefix names is read: a store of years holds many records.
+        below = folder / prefix.rpartition("/")[0]
+        names = (path.relative_to(folder).as_posix().removesuffix(".json") for path in below.rglob("*.json"))
         return sorted(name for name in names if name.startswith(prefix))
 
     def probe(self) -> None:

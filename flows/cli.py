@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, CycloptsError, Parameter
 
 from cdpo_core.errors import InputError
+from flows.begin import begin
 from flows.command_line import check_writable, default_to_nothing, split_tokens, write_json
 from flows.store import store as store_commands
-from flows.terminal import log_to_file, print_error, showing_progress
-from tasks.environment import cdpo_home, quiet_environment
+from flows.terminal import print_error, showing_progress
+from flows.up_command import up
+from tasks.environment import quiet_environment
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,6 +69,10 @@ app = App(
 )
 
 
+app.command(store_commands)
+app.command(up, sort_key=9, help_epilogue="")
+
+
 @app.command(sort_key=1, help_epilogue=FIELDS)
 def run(
     config: Config,
@@ -87,7 +93,7 @@ def run(
     experiment = _load(config, given, json)
     with showing_progress() as progress:
         progress("checks", 0, 1)
-        log_file = _quiet("run")
+        log_file = begin("run", experiment)
         from flows.experiment import run_experiment
         from flows.preflight import check_before_run
 
@@ -120,7 +126,7 @@ def plan(
     """
     given = {**(overrides or {}), **_shortcuts(limit, seed, store)}
     experiment = _load(config, given, json)
-    _quiet("plan")
+    begin("plan")
     from flows.plan import plan_experiment
     from flows.plan_report import print_plan
 
@@ -166,7 +172,7 @@ def sweep(
     experiments = [_load(config, {**given, **combination}, json) for combination in combinations]
     with showing_progress() as progress:
         progress("checks", 0, 1)
-        _quiet("sweep")
+        begin("sweep", experiments[0])
         from flows.closing_report import print_sweep
         from flows.preflight import check_before_run
         from flows.sweep import run_sweep
@@ -215,7 +221,7 @@ def compare(
     chosen = [method.name for method in load_methods(entries(methods, "--methods") if methods else [])]
     with showing_progress() as progress:
         progress("checks", 0, 1)
-        _quiet("compare")
+        begin("compare", experiment)
         from flows.closing_report import print_comparison
         from flows.compare import run_compare
         from flows.preflight import check_before_run
@@ -286,24 +292,6 @@ def sample(
     return DONE
 
 
-app.command(store_commands)
-
-
-@app.command(sort_key=9, help_epilogue="")
-def up(
-    *,
-    prefect_port: Annotated[int, Parameter(help="Port of the Prefect server.", metavar="PORT")] = 4200,
-    mlflow_port: Annotated[int, Parameter(help="Port of the MLflow server.", metavar="PORT")] = 5000,
-) -> int:
-    """Start Prefect, MLflow and a worker on this machine.
-
-    The Prefect server gets the deployments; the URLs are printed when all is ready; Ctrl-C ends all of it.
-    """
-    from flows.up import serve
-
-    return serve(prefect_port, mlflow_port)
-
-
 @app.command(sort_key=10, help_epilogue="")
 def doctor(
     config: Annotated[str, Parameter(help="YAML file or preset.")] = "testbed", *, overrides: Overrides = None
@@ -372,14 +360,6 @@ def _load(config: str, overrides: Mapping[str, str], json: Path | None = None) -
     if json is not None:
         check_writable(json, "--json")
     return load_config(config, overrides)
-
-
-def _quiet(command: str) -> Path:
-    """Join the servers of a running `cdpo up`, and send the libraries' logs to a file."""
-    from flows.up import join_running
-
-    join_running()
-    return log_to_file(cdpo_home() / "logs", command)
 
 
 def _version() -> str:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
-from prefect import flow
+from prefect import flow, tags
 from prefect.states import Completed, State
 from pydantic import Field
 
@@ -28,8 +29,10 @@ from flows.methods import Tuned, World, method_record, trained, tune
 from flows.preflight import check_before_run
 from flows.sections import takes_sections
 from tasks.comparison import ComparisonJournal
+from tasks.environment import RUN_TAG
 from tasks.evaluation import limits_by_name
 from tasks.metric_points import timestamp_ms
+from tasks.prefect_patience import begun
 from tasks.uses import enter_run, noting_uses
 from tasks.workbench import open_workbench, outcome, report_progress_to
 
@@ -86,7 +89,8 @@ def run_compare(
         report_progress_to(progress)
     make_prefect_home()
     given = {"limits": list(limits), "seeds": list(seeds), "methods": list(methods)}
-    result: dict[str, Any] = outcome(compare(**given, **sections(config), return_state=True))
+    with tags(RUN_TAG):
+        result: dict[str, Any] = outcome(compare(**given, **sections(config), return_state=True))
     return result
 
 
@@ -97,7 +101,8 @@ def _conduct(
     settings = _settings(config, limits, methods)
     records = []
     for seed in seeds:
-        records += one_world(config, seed, list(limits), [method.name for method in methods], settings)
+        names = [method.name for method in methods]
+        records += begun(partial(one_world, config, seed, list(limits), names, settings))
     return {
         "records": records,
         "table": comparison_table(records, OURS),

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from prefect import flow
+from prefect import flow, tags
 from prefect.states import Completed, State
 
 from cdpo_core.config import ExperimentConfig
@@ -23,7 +23,9 @@ from flows.preference_models import preference_models
 from flows.preflight import check_before_run
 from flows.prepare import prepare
 from flows.sections import takes_sections
+from tasks.environment import RUN_TAG
 from tasks.journal import Journal, announce
+from tasks.prefect_patience import part
 from tasks.preference_models import scorer_reports
 from tasks.records import Prepared, Scored
 from tasks.report import draw_figures, report_folder, write_json, write_samples
@@ -50,7 +52,8 @@ def run_experiment(config: ExperimentConfig, *, progress: Progress | None = None
     if progress is not None:
         report_progress_to(progress)
     make_prefect_home()
-    state = experiment(**sections(config), return_state=True)
+    with tags(RUN_TAG):
+        state = experiment(**sections(config), return_state=True)
     result: dict[str, Any] = outcome(state)
     return result
 
@@ -70,12 +73,12 @@ def sections(config: ExperimentConfig) -> dict[str, Any]:
 def _conduct(bench: Workbench) -> dict[str, Any]:
     journal = Journal(bench)
     try:
-        prepared = prepare(bench)
-        scored = preference_models(bench, prepared)
+        prepared = part(prepare, bench)
+        scored = part(preference_models, bench, prepared)
         reports = scorer_reports(bench, scored.scorers)
         journal.scorers(reports, scored.scorers)
-        alignment = align(bench, prepared, scored, journal)
-        evaluation = evaluate(bench, prepared, scored, alignment)
+        alignment = part(align, bench, prepared, scored, journal)
+        evaluation = part(evaluate, bench, prepared, scored, alignment)
         result = experiment_result(
             bench, journal, alignment.plan, reports, _outcome(prepared, scored, alignment, evaluation)
         )
@@ -91,6 +94,7 @@ def _conduct(bench: Workbench) -> dict[str, Any]:
         facts = {name: result[name] for name in ("status", "ended_ms")} | {"result": record}
         enter_run(bench.store, "experiment", journal.key, bench.config.name, used, facts)
         journal.closed(result, folder)
+        result["tracking"]["kept"] = journal.tracker.kept()
         result["report"] = str(folder)
     except BaseException:
         journal.failed()

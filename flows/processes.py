@@ -8,9 +8,10 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -19,21 +20,42 @@ import psutil
 
 MARKER = "CDPO_UP"
 GRACE_SECONDS = 10.0
+# Asks the kernel (Linux) to kill this process when its parent dies, then becomes the command.
+WITH_PARENT = """
+import ctypes, os, signal, sys
+getattr(ctypes.CDLL(None), "prctl", lambda *_: 0)(1, signal.SIGKILL)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 class Child:
     """A process in its own session, its output in a log file.
+
+    Args:
+        ends_with_parent: on Linux, also kill it when this process is killed and cannot end it (the command's own
+            process; what it started in turn is not).
 
     Attributes:
         name: what messages call it.
         log: where its output goes.
     """
 
-    def __init__(self, name: str, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: dict[str, str],
+        log: Path,
+        *,
+        ends_with_parent: bool = False,
+    ) -> None:
         self.name, self.log = name, log
+        prefix = [sys.executable, "-ISc", WITH_PARENT, str(os.getpid())] if ends_with_parent else []
         with log.open("wb") as stream:
             self._process = subprocess.Popen(
-                list(command),
+                [*prefix, *command],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
@@ -105,8 +127,8 @@ def _end(processes: Sequence[psutil.Process], grace: float) -> None:
             return
 
 
-def taken(port: int) -> bool:
-    """Whether something on this machine listens on the port.
+def taken(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether something on this machine listens on the port of this address.
 
     Raises:
         OSError: it cannot be listened on for another reason.
@@ -114,7 +136,7 @@ def taken(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
@@ -129,10 +151,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def http_json(url: str, body: Any = None) -> Any:
+def http_json(url: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Any:
     """The answer of a server on this machine, parsed if it is JSON; None if there is none (yet)."""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
+    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json", **(headers or {})})
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(request, timeout=5) as answer:

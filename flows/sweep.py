@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from prefect import flow
+from prefect import flow, tags
 from prefect.states import Completed, State
 from pydantic import Field
 
@@ -19,6 +19,7 @@ from cdpo_core.stages import Progress
 from flows.experiment import experiment, make_prefect_home, sections
 from flows.preflight import check_before_run
 from flows.sections import takes_sections
+from tasks.environment import RUN_TAG
 from tasks.frontier import SweepJournal, choose_for_sweep, exact_frontier, frontier_points
 from tasks.workbench import outcome, report_progress_to
 
@@ -43,7 +44,8 @@ def run_sweep(config: ExperimentConfig, limits: list[float], *, progress: Progre
     if progress is not None:
         report_progress_to(progress)
     make_prefect_home()
-    state = sweep(limits=limits, **sections(config), return_state=True)
+    with tags(RUN_TAG):
+        state = sweep(limits=limits, **sections(config), return_state=True)
     result: dict[str, Any] = outcome(state)
     return result
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,9 +139,13 @@ class Journal:
 
 
 def tell_failure(tracker: Tracker, run_id: str) -> None:
-    """Mark an MLflow run as failed; that MLflow cannot be told must not hide the failure itself."""
+    """Mark an MLflow run as failed, or as killed when it was cancelled or interrupted.
+
+    That MLflow cannot be told must not hide the failure itself.
+    """
+    is_failure = isinstance(sys.exc_info()[1], Exception)
     try:
-        tracker.finish(run_id, "FAILED")
+        tracker.finish(run_id, "FAILED" if is_failure else "KILLED")
     except CdpoError as error:
         log.warning("MLflow was not told that the run failed: %s", error)
 

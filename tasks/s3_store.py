@@ -7,6 +7,7 @@ verified when they are read, like any object.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import time
@@ -41,7 +42,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 OUTAGE_SECONDS = 180.0
-"""How long a running experiment waits for a store that stopped answering."""
+"""How long a running experiment waits for a store that stopped answering, counted from the first failure."""
+FEWEST_TRIES = 4
+"""A large file may take longer than that, and its upload be cut each time by a short failure."""
 PARALLEL = 8
 
 _MISSING = {"404", "NoSuchKey", "NotFound"}
@@ -153,7 +156,8 @@ class S3Store:
             client.delete_object(**address)
         except TRANSPORT_ERRORS as error:
             raise unavailable(error, self.uri) from error
-        if written != (True, False) or kept != b"1":
+        # The first write may be refused by its own retry, when the answer to the first try was lost.
+        if written[1] or kept != b"1":
             raise StoreUnavailable(
                 "this S3 server ignores if-none-match: two runs could overwrite each other's results",
                 where=self.uri,
@@ -178,18 +182,21 @@ class S3Store:
 
     def _call(self, request: Callable[[S3Client], T]) -> T:
         """One request, repeated while the server is away; a missing key passes through as ClientError."""
-        client, started, pause = self._client, time.monotonic(), 1.0
-        while True:
+        client, failing_since, pause = self._client, 0.0, 1.0
+        for tried in itertools.count(1):
             try:
                 return request(client)
             except TRANSPORT_ERRORS as error:
                 if error_code(error) in _MISSING:
                     raise
-                if not may_pass(error) or time.monotonic() - started > OUTAGE_SECONDS:
+                failing_since = failing_since or time.monotonic()
+                is_over = time.monotonic() - failing_since > OUTAGE_SECONDS and tried >= FEWEST_TRIES
+                if is_over or not may_pass(error):
                     raise unavailable(error, self.uri) from error
                 log.warning("the store does not answer, trying again: %s", unavailable(error, self.uri).what)
             time.sleep(pause)
             pause = min(2 * pause, 10.0)
+        raise AssertionError("a try returns or raises")
 
     def _each(self, action: Callable[[Any], T], items: Iterable[Any]) -> list[T]:
         with ThreadPoolExecutor(PARALLEL) as pool:

@@ -26,7 +26,7 @@ from cdpo_core.stages import (
     pick,
     resolve,
 )
-from tasks.environment import cdpo_home
+from tasks.environment import cdpo_home, default_store
 from tasks.external import RESERVED_BASES, external_model
 from tasks.prefect_records import ProgressArtifacts
 from tasks.sources import source_ref
@@ -100,7 +100,7 @@ class Workbench:
         def progress(what: str, done: int, total: int) -> None:
             report(label, done, total)
 
-        return Runtime(compute.device, compute.threads, compute.micro_batch, None, progress)
+        return Runtime(compute.device, compute.threads, compute.micro_batch, None, progress, compute.own_process)
 
     def put_record(self, name: str, record: Mapping[str, Any]) -> None:
         """Keep a small record in the store under this name, unless there is one."""
@@ -169,7 +169,7 @@ def _store_at(uri: str) -> Store:
 
 def store_of(config: ExperimentConfig) -> Store:
     """The experiment's store; one object for each address and process."""
-    return _store_at(config.store.uri or str(cdpo_home() / "store"))
+    return _store_at(config.store.uri or default_store())
 
 
 def open_workbench(config: ExperimentConfig) -> Workbench:

@@ -20,9 +20,12 @@ import yaml
 
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.errors import CdpoError, InputError
-from deployments.definitions import DEFINITIONS, Definition, prefect_yaml
+from deployments.definitions import DEFINITIONS, SWEEP, Definition, prefect_yaml
 from flows import up
+from flows.pools import POOL, SWEEP_POOL
 from flows.processes import MARKER, Child, end_all, end_marked, free_port, taken
+from flows.stack import Stack
+from tasks.environment import default_store
 
 ROOT = Path(__file__).parent.parent
 # What a flow takes beside the sections of a config.
@@ -59,7 +62,28 @@ def test_a_deployment_is_the_preset_it_names(item: Definition) -> None:
     assert rules["name"]["minLength"] == rules["constraints"]["minItems"] == 1
     assert rules.get("limits", {"minItems": 1})["minItems"] == 1
     assert all(rule["description"] for rule in rules.values())
-    assert all(schedule.slug for schedule in item.schedules)
+    slugs = [schedule.slug for schedule in item.schedules]
+    assert all(slugs)
+    assert len(set(slugs)) == len(slugs)
+    for schedule in item.schedules:
+        changed = {**parameters, **schedule.parameters}
+        ExperimentConfig.model_validate({key: value for key, value in changed.items() if key not in OWN})
+        assert set(schedule.parameters) <= set(flow.parameters.properties)
+
+
+def test_every_preset_is_a_deployment_in_its_own_words() -> None:
+    shipped = {path.stem: path.read_text() for path in (ROOT / "configs").glob("*.yaml")}
+    deployed = {item.preset: item for item in DEFINITIONS if item.name == f"experiment-{item.preset}"}
+    assert set(deployed) == set(shipped)
+    for name, text in shipped.items():
+        words = deployed[name].description
+        assert words.endswith(".")
+        assert f"# {words[:40]}" in text
+
+
+def test_parents_of_sweeps_wait_in_a_pool_of_their_own() -> None:
+    assert {item.pool for item in DEFINITIONS if item.entrypoint == SWEEP} == {SWEEP_POOL}
+    assert {item.pool for item in DEFINITIONS if item.entrypoint != SWEEP} == {POOL}
 
 
 def test_a_child_ends_with_its_grandchildren_even_in_sessions_of_their_own(tmp_path: Path) -> None:
@@ -113,16 +137,19 @@ SERVE = """
 import sys
 from pathlib import Path
 from flows import up
+from flows.pools import POOL, SWEEP_POOL
 from flows.processes import Child
+from flows.up_command import UpOptions
 
-def start(home, environment, ports, children, stop):
-    child = Child("a part", [sys.executable, "-c", "import time; time.sleep(60)"], environment, home / "log")
-    (home / "pid").write_text(str(child._process.pid))
+def start(stack, children, stop):
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    child = Child("a part", command, stack.for_clients(), stack.home / "log")
+    (stack.home / "pid").write_text(str(child._process.pid))
     children.append(child)
     return True
 
 up._start, up._watch = start, lambda children, stop: None
-sys.exit(up.serve(0, 0))
+sys.exit(up.serve(UpOptions(prefect_port=0, mlflow_port=0)))
 """
 
 
@@ -156,7 +183,7 @@ def test_a_port_that_may_not_be_used_is_not_called_in_use(monkeypatch: pytest.Mo
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(socket.socket, "bind", refuse)
-    with pytest.raises(InputError, match="port 80 cannot be listened on: Permission denied") as caught:
+    with pytest.raises(InputError, match=r"port 80 of 127\.0\.0\.1 cannot be listened on: Permission denied") as caught:
         up._port(80, "--prefect-port")
     assert "from 1024" in caught.value.fix
 
@@ -179,22 +206,23 @@ def test_a_port_in_use_is_an_error_and_0_takes_a_free_one() -> None:
 def test_one_up_for_a_state_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its servers are joined by other commands while it holds the lock, and not afterwards."""
     monkeypatch.setenv("CDPO_HOME", str(tmp_path))
-    environment = {"PREFECT_API_URL": "http://127.0.0.1:1/api", "MLFLOW_TRACKING_URI": "http://127.0.0.1:2"}
-    for name in environment:
+    stack = Stack(tmp_path, "mark", "127.0.0.1", 1, 2, store="s3://team/cdpo")
+    for name in up.SHARED:
         # Set first, so that monkeypatch takes away what join_running sets.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     with up._only_one(tmp_path):
-        up._remember(tmp_path, "mark", environment, ready=False)
+        up._remember(stack, ready=False)
         with pytest.raises(InputError, match="running already"), up._only_one(tmp_path):
             pass
         up.join_running()
         assert "MLFLOW_TRACKING_URI" not in os.environ
-        up._remember(tmp_path, "mark", environment, ready=True)
+        up._remember(stack, ready=True)
         monkeypatch.setenv("PREFECT_API_URL", "http://mine/api")
         up.join_running()
         assert os.environ["PREFECT_API_URL"] == "http://mine/api"
         assert os.environ["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:2"
+        assert default_store() == "s3://team/cdpo"
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     up.join_running()
     assert "MLFLOW_TRACKING_URI" not in os.environ

@@ -150,6 +150,7 @@ def test_work_goes_on_when_the_server_comes_back(s3_uri: str, monkeypatch: pytes
 def test_a_server_away_for_good_is_said(s3_uri: str, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     store = open_store(s3_uri)
     monkeypatch.setattr(s3_store, "OUTAGE_SECONDS", -1.0)
+    monkeypatch.setattr(s3_store, "FEWEST_TRIES", 1)
     away = [_failure(code)]
     monkeypatch.setattr(store._client, "get_object", _failing(away, dict))  # type: ignore[attr-defined]
     with pytest.raises(StoreUnavailable, match="cannot be reached"):
