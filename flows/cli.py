@@ -16,6 +16,7 @@ from cyclopts import App, CycloptsError, Parameter, validators
 from cdpo_core.errors import InputError
 from flows.begin import begin
 from flows.command_line import check_writable, default_to_nothing, split_tokens, write_json
+from flows.store import store as store_commands
 from flows.terminal import print_error, showing_progress
 from flows.up_command import up
 from tasks.environment import quiet_environment
@@ -70,7 +71,8 @@ app = App(
 )
 
 
-app.command(up, sort_key=8, help_epilogue="")
+app.command(store_commands)
+app.command(up, sort_key=9, help_epilogue="")
 
 
 @app.command(sort_key=1, help_epilogue=FIELDS)
@@ -291,7 +293,7 @@ def sample(
     return DONE
 
 
-@app.command(sort_key=9, help_epilogue="")
+@app.command(sort_key=10, help_epilogue="")
 def doctor(
     config: Annotated[str, Parameter(help="YAML file or preset.")] = "testbed", *, overrides: Overrides = None
 ) -> int:

@@ -31,6 +31,7 @@ from tasks.preference_models import scorer_reports
 from tasks.records import Prepared, Scored
 from tasks.report import draw_figures, report_folder, write_json, write_report, write_samples
 from tasks.result import Outcome, experiment_result, outcome_name
+from tasks.uses import enter_run
 from tasks.workbench import Workbench, open_workbench, outcome, report_progress_to
 
 STATE_NAMES = {"certified": "Certified", "not_certified": "NotCertified", "infeasible": "Infeasible"}
@@ -94,7 +95,11 @@ def _conduct(bench: Workbench) -> dict[str, Any]:
         write_json(result, folder / "result.json")
         chosen = (result["policy"] or {}).get("digest", "none")
         # A change of the code may give the same experiment another policy: each has a record of its own.
-        bench.put_record(f"results/{journal.key}-{chosen[:12]}", result)
+        record = f"results/{journal.key}-{chosen[:12]}"
+        bench.put_record(record, result)
+        used = [(done.ref, done.label) for done in bench.results if done.ref is not None]
+        facts = {name: result[name] for name in ("status", "ended_ms")} | {"result": record}
+        enter_run(bench.store, "experiment", journal.key, bench.config.name, used, facts)
         journal.closed(result, folder)
         result["tracking"]["kept"] = journal.tracker.kept()
         result["report"] = str(folder)
