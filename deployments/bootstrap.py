@@ -1,19 +1,19 @@
-"""Make the work pool and the deployments on the Prefect server of PREFECT_API_URL; again changes nothing.
+"""Make the work pools and the deployments on the Prefect server of PREFECT_API_URL; again changes nothing.
 
-python -m deployments.bootstrap
+python -m deployments.bootstrap --concurrency 4
 python -m deployments.bootstrap --write prefect.yaml
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from deployments.definitions import DEFINITIONS, POOL, Definition, prefect_yaml
+from deployments.definitions import DEFINITIONS, TAG, Definition, prefect_yaml
+from deployments.pools import make_pools
 from tasks.environment import quiet_environment
 
 if TYPE_CHECKING:
@@ -21,40 +21,27 @@ if TYPE_CHECKING:
     from prefect.client.schemas.actions import DeploymentScheduleCreate
 
 
-def bootstrap(pool: str = POOL, working_folder: str = "") -> list[str]:
-    """Make or update the process work pool and every deployment.
+def bootstrap(*, concurrency: int = 0, working_folder: str = "") -> list[str]:
+    """Make or update the work pools and every deployment.
 
     Args:
-        pool: the work pool's name.
-        working_folder: where runs start, so that relative paths in their parameters mean something; "" leaves
-            each run in a folder of its own.
+        concurrency: how many experiments run at once over all workers; 0 leaves the limit as it is.
+        working_folder: where runs start; "" leaves it as it is.
 
     Returns:
         `flow/deployment` of each.
+
+    Raises:
+        InputError: a work pool is there and of another type.
     """
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
-        _make_pool(client, pool, working_folder)
-        return [_deploy(client, item, pool) for item in DEFINITIONS]
+        make_pools(client, concurrency=concurrency, working_folder=working_folder)
+        return [_deploy(client, item) for item in DEFINITIONS]
 
 
-def _make_pool(client: SyncPrefectClient, pool: str, working_folder: str) -> None:
-    from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
-    from prefect.exceptions import ObjectAlreadyExists
-    from prefect.workers.process import ProcessWorker
-
-    template = copy.deepcopy(ProcessWorker.get_default_base_job_template())
-    if working_folder:
-        template["variables"]["properties"]["working_dir"]["default"] = working_folder
-    try:
-        client.create_work_pool(WorkPoolCreate(name=pool, type="process", base_job_template=template))
-    except ObjectAlreadyExists:
-        if working_folder:
-            client.update_work_pool(pool, WorkPoolUpdate(base_job_template=template))
-
-
-def _deploy(client: SyncPrefectClient, item: Definition, pool: str) -> str:
+def _deploy(client: SyncPrefectClient, item: Definition) -> str:
     from prefect.utilities.callables import parameter_schema
     from prefect.utilities.importtools import import_object
 
@@ -67,8 +54,8 @@ def _deploy(client: SyncPrefectClient, item: Definition, pool: str) -> str:
         parameters=item.all_parameters(),
         parameter_openapi_schema=parameter_schema(flow).model_dump_for_openapi(),
         enforce_parameter_schema=True,
-        work_pool_name=pool,
-        tags=["cdpo"],
+        work_pool_name=item.pool,
+        tags=[TAG],
         pull_steps=[],
         schedules=_schedules(client, flow.name, item),
     )
@@ -76,42 +63,55 @@ def _deploy(client: SyncPrefectClient, item: Definition, pool: str) -> str:
 
 
 def _schedules(client: SyncPrefectClient, flow_name: str, item: Definition) -> list[DeploymentScheduleCreate]:
-    """The schedules; whether one is active stays as the operator set it."""
+    """Those that are there, as they are, and those that are missing, turned off.
+
+    The server replaces a deployment's schedules by what it is given, so what an operator added must be among it.
+    """
     from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.client.schemas.schedules import CronSchedule
-
-    active = {schedule.slug: schedule.active for schedule in _existing(client, flow_name, item)}
-    return [
-        DeploymentScheduleCreate(
-            schedule=CronSchedule(cron=when.cron, timezone=when.timezone),
-            active=active.get(when.slug, False),
-            slug=when.slug,
-        )
-        for when in item.schedules
-    ]
-
-
-def _existing(client: SyncPrefectClient, flow_name: str, item: Definition) -> list[Any]:
     from prefect.exceptions import ObjectNotFound
 
     try:
-        return list(client.read_deployment_by_name(f"{flow_name}/{item.name}").schedules)
+        there = client.read_deployment_by_name(f"{flow_name}/{item.name}").schedules
     except ObjectNotFound:
-        return []
+        there = []
+    kept = [
+        DeploymentScheduleCreate(
+            schedule=found.schedule, active=found.active, parameters=found.parameters, slug=found.slug
+        )
+        for found in there
+    ]
+    slugs = {found.slug for found in there}
+    return kept + [
+        DeploymentScheduleCreate(
+            schedule=CronSchedule(cron=when.cron, timezone=when.timezone),
+            active=False,
+            parameters=when.parameters,
+            slug=when.slug,
+        )
+        for when in item.schedules
+        if when.slug not in slugs
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the shell; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m deployments.bootstrap", description=__doc__.splitlines()[0])
-    parser.add_argument("--pool", default=POOL, help="name of the work pool (%(default)s)")
-    parser.add_argument("--working-folder", default="", help="where runs start")
+    parser.add_argument(
+        "--concurrency",
+        type=int,
+        default=0,
+        metavar="N",
+        help="how many experiments run at once over all workers; not given, the limit stays as it is (none at first)",
+    )
+    parser.add_argument("--working-folder", default="", metavar="DIR", help="where runs start")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write prefect.yaml and deploy nothing")
     options = parser.parse_args(arguments)
     if options.write:
         options.write.write_text(prefect_yaml(), encoding="utf-8")
         return 0
     quiet_environment()
-    for name in bootstrap(options.pool, options.working_folder):
+    for name in bootstrap(concurrency=options.concurrency, working_folder=options.working_folder):
         print(name)
     return 0
 

@@ -24,11 +24,10 @@ from cdpo_core.models.checkpoints import is_local
 from flows.experiment import experiment, sections
 from flows.grid import Combination, words
 from tasks.child_runs import POLL_SECONDS, ChildRuns
-from tasks.environment import cdpo_home
 from tasks.external import RESERVED_BASES
 from tasks.result import outcome_name
 from tasks.tracking import experiment_key
-from tasks.workbench import open_workbench, outcome
+from tasks.workbench import open_workbench, outcome, store_of
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
@@ -231,13 +230,12 @@ def _seen_from_here(config: ExperimentConfig) -> ExperimentConfig:
         return section.model_copy(update={"base": absolute(section.base)}) if is_path else section
 
     source = config.data.source if config.on_testbed else absolute(config.data.source)
-    store = absolute(config.store.uri) if config.store.uri else str(cdpo_home() / "store")
     return config.model_copy(
         update={
             "data": config.data.model_copy(update={"source": source}),
             "policy": based(config.policy),
             "reward": based(config.reward),
             "constraints": [based(item) for item in config.constraints],
-            "store": config.store.model_copy(update={"uri": store}),
+            "store": config.store.model_copy(update={"uri": store_of(config).uri}),
         }
     )

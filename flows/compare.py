@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
-from prefect import flow
+from prefect import flow, tags
 from prefect.states import Completed, State
 from pydantic import Field
 
@@ -28,6 +28,7 @@ from flows.methods import Tuned, World, method_record, trained, tune
 from flows.preflight import check_before_run
 from flows.sections import takes_sections
 from tasks.comparison import ComparisonJournal
+from tasks.environment import RUN_TAG
 from tasks.evaluation import limits_by_name
 from tasks.metric_points import timestamp_ms
 from tasks.workbench import open_workbench, outcome, report_progress_to
@@ -82,7 +83,8 @@ def run_compare(
         report_progress_to(progress)
     make_prefect_home()
     given = {"limits": list(limits), "seeds": list(seeds), "methods": list(methods)}
-    result: dict[str, Any] = outcome(compare(**given, **sections(config), return_state=True))
+    with tags(RUN_TAG):
+        result: dict[str, Any] = outcome(compare(**given, **sections(config), return_state=True))
     return result
 
 

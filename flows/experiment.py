@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from prefect import flow
+from prefect import flow, tags
 from prefect.states import Completed, State
 
 from cdpo_core.config import ExperimentConfig
@@ -23,6 +23,7 @@ from flows.preference_models import preference_models
 from flows.preflight import check_before_run
 from flows.prepare import prepare
 from flows.sections import takes_sections
+from tasks.environment import RUN_TAG
 from tasks.journal import Journal, announce
 from tasks.prefect_records import flow_run_id
 from tasks.preference_models import scorer_reports
@@ -54,7 +55,8 @@ def run_experiment(config: ExperimentConfig, *, progress: Progress | None = None
     if progress is not None:
         report_progress_to(progress)
     make_prefect_home()
-    state = experiment(**sections(config), return_state=True)
+    with tags(RUN_TAG):
+        state = experiment(**sections(config), return_state=True)
     result: dict[str, Any] = outcome(state)
     return result
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.errors import InputError
+from flows.temporary_server import wait_until_ready
 from tasks.environment import cdpo_home
 from tasks.mlflow_connection import without_secrets
 from tasks.preference_models import RESERVED_BASES
@@ -38,8 +39,8 @@ def check_before_run(config: ExperimentConfig) -> None:
         _check_model(field, base, revision, heads)
     check_source(config)
     store_of(config).probe()
-    _check_prefect()
     Tracker.open(config.tracking, store_of(config), cdpo_home())
+    _check_prefect()  # last: a server of this command's own starts meanwhile
     _passed.add(identity)
 
 
@@ -61,8 +62,9 @@ def _check_prefect() -> None:
     from prefect.settings import PREFECT_API_URL
 
     url = PREFECT_API_URL.value()
-    if not url:  # the run starts a temporary server
+    if not url:  # the first flow starts a temporary server
         return
+    wait_until_ready()
     if without_secrets(url) != url:
         raise InputError(
             "the Prefect server's address holds credentials",

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Sequence
@@ -19,21 +20,42 @@ import psutil
 
 MARKER = "CDPO_UP"
 GRACE_SECONDS = 10.0
+# Asks the kernel (Linux) to kill this process when its parent dies, then becomes the command.
+WITH_PARENT = """
+import ctypes, os, signal, sys
+getattr(ctypes.CDLL(None), "prctl", lambda *_: 0)(1, signal.SIGKILL)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 class Child:
     """A process in its own session, its output in a log file.
+
+    Args:
+        ends_with_parent: on Linux, also kill it when this process is killed and cannot end it (the command's own
+            process; what it started in turn is not).
 
     Attributes:
         name: what messages call it.
         log: where its output goes.
     """
 
-    def __init__(self, name: str, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: dict[str, str],
+        log: Path,
+        *,
+        ends_with_parent: bool = False,
+    ) -> None:
         self.name, self.log = name, log
+        prefix = [sys.executable, "-ISc", WITH_PARENT, str(os.getpid())] if ends_with_parent else []
         with log.open("wb") as stream:
             self._process = subprocess.Popen(
-                list(command),
+                [*prefix, *command],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=stream,

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Annotated, Any
 
+from prefect import tags
 from pydantic import Field
 
 from cdpo_core.config import ConstraintConfig, ExperimentConfig
+from tasks.environment import RUN_TAG
 
 DEFAULT = ExperimentConfig()
 # The rules that Prefect's server checks before anything starts; those within a section are the section's own.
@@ -55,7 +57,9 @@ def takes_sections(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(**given: Any) -> Any:
         mine = {name: given[name] for name in own if name in given}
         sections = {name: value for name, value in given.items() if name not in own}
-        return function(ExperimentConfig(**sections), **mine)
+        # Nested runs do not inherit a run's tags, only the tags around the call.
+        with tags(RUN_TAG):
+            return function(ExperimentConfig(**sections), **mine)
 
     parameters = [
         item.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]) for name, item in own.items()

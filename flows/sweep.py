@@ -14,7 +14,7 @@ import logging
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from prefect import flow
+from prefect import flow, tags
 from prefect.client.orchestration import get_client
 from prefect.states import Completed, Failed, State
 from pydantic import Field
@@ -29,6 +29,7 @@ from flows.grid import combinations
 from flows.preflight import check_before_run
 from flows.sections import takes_sections
 from tasks.child_runs import WORKER_SECONDS, ChildRuns, deployed_with_workers, this_flow_run
+from tasks.environment import RUN_TAG
 from tasks.frontier import SweepJournal, choose_for_sweep
 from tasks.prefect_records import experiment_tag
 from tasks.workbench import outcome, report_progress_to
@@ -127,7 +128,8 @@ def run_sweep(
     make_prefect_home()
     given = {"limits": list(limits), "seeds": list(seeds), "vary": list(vary), "at_once": at_once or 0}
     run_on = "here" if at_once is None else "workers"
-    state = sweep(**given, run_on=run_on, **sections(config), return_state=True)
+    with tags(RUN_TAG):
+        state = sweep(**given, run_on=run_on, **sections(config), return_state=True)
     result: dict[str, Any] = outcome(state)
     return result
 

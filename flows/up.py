@@ -1,4 +1,4 @@
-"""`cdpo up`: the Prefect server, the MLflow server, the deployments and a worker, on loopback.
+"""`cdpo up`: the Prefect server, the MLflow server, the deployments and the workers, on loopback.
 
     cdpo up --prefect-port 4200 --mlflow-port 5000
 
@@ -24,12 +24,13 @@ from typing import Any
 
 from cdpo_core.errors import CdpoError, InputError
 from flows.command_line import default_to_nothing
+from flows.pools import POOL, SWEEP_POOL
 from flows.processes import MARKER, Child, end_all, end_marked, free_port, http_json, tail, taken
 from flows.terminal import make_log_folder
 from tasks.environment import cdpo_home, local_mlflow
 
-POOL = "cdpo"
-WORKER = "cdpo-up"
+# By pool: the name of its worker here.
+WORKERS = {POOL: "cdpo-up", SWEEP_POOL: "cdpo-up-sweeps"}
 READY_SECONDS = 180
 LOCK, STATE = "up.lock", "up.json"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -64,7 +65,7 @@ def serve(prefect_port: int, mlflow_port: int) -> int:
                 _announce(home, *ports)
                 _watch(children, stop)
         finally:
-            _say("ending the worker and the servers …")
+            _say("ending the workers and the servers …")
             left = end_all(list(reversed(children)), marker)
             (home / STATE).unlink(missing_ok=True)
             _say("all ended" if not left else f"still running: {left}")
@@ -106,14 +107,19 @@ def _start(
         if not _wait(server, lambda path=health: http_json(f"http://127.0.0.1:{path}") is not None, children, stop):
             return False
     _say("deploying …")
-    deploy = [*python, "deployments.bootstrap", "--pool", POOL, "--working-folder", str(Path.cwd())]
+    deploy = [*python, "deployments.bootstrap", "--working-folder", str(Path.cwd())]
     deployer = Child("the deployment", deploy, environment, logs / "deploy.log")
     if not _finish(deployer, children, stop):
         return False
-    worker = [*python, "prefect", "worker", "start", "--pool", POOL, "--name", WORKER, "--install-policy", "never"]
-    children.append(Child("the worker", worker, environment, logs / "worker.log"))
-    workers = f"http://127.0.0.1:{prefect_port}/api/work_pools/{POOL}/workers/filter"
-    return _wait(children[-1], lambda: _is_online(workers), children, stop)
+    for pool, name in WORKERS.items():
+        worker = [*python, "prefect", "worker", "start", "--pool", pool, "--name", name, "--install-policy", "never"]
+        children.append(Child(f"the worker of pool {pool}", worker, environment, logs / f"worker-{pool}.log"))
+    pools = f"http://127.0.0.1:{prefect_port}/api/work_pools"
+    started = list(zip(WORKERS.items(), children[-len(WORKERS) :], strict=True))
+    return all(
+        _wait(child, lambda pool=pool, name=name: _is_online(f"{pools}/{pool}", name), children, stop)
+        for (pool, name), child in started
+    )
 
 
 def _announce(home: Path, prefect_port: int, mlflow_port: int) -> None:
@@ -188,9 +194,9 @@ def _finish(deployer: Child, children: list[Child], stop: threading.Event) -> bo
         deployer.end(0)
 
 
-def _is_online(workers: str) -> bool:
-    found = http_json(workers, body={})
-    return any(item.get("name") == WORKER and item.get("status") == "ONLINE" for item in found or [])
+def _is_online(pool: str, worker: str) -> bool:
+    found = http_json(f"{pool}/workers/filter", body={})
+    return any(item.get("name") == worker and item.get("status") == "ONLINE" for item in found or [])
 
 
 def _environment(home: Path, marker: str, prefect_port: int, mlflow_port: int) -> dict[str, str]:
@@ -204,6 +210,8 @@ def _environment(home: Path, marker: str, prefect_port: int, mlflow_port: int) -
         "PREFECT_SERVER_UI_API_URL": api,
         "PREFECT_UI_URL": f"http://127.0.0.1:{prefect_port}",
         "PREFECT_WORKER_QUERY_SECONDS": "2",
+        # A run whose process vanished misses three of these and is called Crashed; the default would take 10 minutes.
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{mlflow_port}",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "PYTHONUNBUFFERED": "1",

@@ -11,10 +11,16 @@ from pathlib import Path
 
 from cdpo_core.errors import InputError
 
+# What the automation that ends killed runs waits for; Prefect allows no shorter interval.
+HEARTBEAT_SECONDS = 30
+# Every run of this project carries it, nested ones too: automations leave other people's runs alone.
+RUN_TAG = "cdpo"
+
 _QUIET = {
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
     # MLflow looks for a git executable to tag runs with a commit; none is needed.
     "GIT_PYTHON_REFRESH": "quiet",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -30,6 +36,9 @@ _QUIET = {
     # Tokenizers' threads and a forked child deadlock.
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+TEMPORARY_PREFECT = "CDPO_TEMPORARY_PREFECT"
+"""Set, to its log, where Prefect's server ends with this command, so that its pages are nobody's to open."""
 
 
 def cdpo_home() -> Path:

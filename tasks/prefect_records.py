@@ -40,6 +40,8 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Crashed
 from prefect.utilities.urls import url_for
 
+from tasks.environment import TEMPORARY_PREFECT
+
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun, State
 
@@ -101,7 +103,7 @@ def flow_run_id() -> str:
 def flow_run_url() -> str:
     """The page of the running flow; "" outside a flow run or on a server that ends with this process."""
     run = _this_run()
-    if run is None or not PREFECT_API_URL.value():
+    if run is None or not PREFECT_API_URL.value() or os.environ.get(TEMPORARY_PREFECT):
         return ""
     return url_for("flow-run", obj_id=run.id) or ""
 

@@ -20,8 +20,9 @@ import yaml
 
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.errors import CdpoError, InputError
-from deployments.definitions import DEFINITIONS, Definition, prefect_yaml
+from deployments.definitions import DEFINITIONS, SWEEP, Definition, prefect_yaml
 from flows import up
+from flows.pools import POOL, SWEEP_POOL
 from flows.processes import MARKER, Child, end_all, end_marked, free_port, taken
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +60,28 @@ def test_a_deployment_is_the_preset_it_names(item: Definition) -> None:
     assert rules["name"]["minLength"] == rules["constraints"]["minItems"] == 1
     assert rules.get("limits", {"minItems": 1})["minItems"] == 1
     assert all(rule["description"] for rule in rules.values())
-    assert all(schedule.slug for schedule in item.schedules)
+    slugs = [schedule.slug for schedule in item.schedules]
+    assert all(slugs)
+    assert len(set(slugs)) == len(slugs)
+    for schedule in item.schedules:
+        changed = {**parameters, **schedule.parameters}
+        ExperimentConfig.model_validate({key: value for key, value in changed.items() if key not in OWN})
+        assert set(schedule.parameters) <= set(flow.parameters.properties)
+
+
+def test_every_preset_is_a_deployment_in_its_own_words() -> None:
+    shipped = {path.stem: path.read_text() for path in (ROOT / "configs").glob("*.yaml")}
+    deployed = {item.preset: item for item in DEFINITIONS if item.name == f"experiment-{item.preset}"}
+    assert set(deployed) == set(shipped)
+    for name, text in shipped.items():
+        words = deployed[name].description
+        assert words.endswith(".")
+        assert f"# {words[:40]}" in text
+
+
+def test_parents_of_sweeps_wait_in_a_pool_of_their_own() -> None:
+    assert {item.pool for item in DEFINITIONS if item.entrypoint == SWEEP} == {SWEEP_POOL}
+    assert {item.pool for item in DEFINITIONS if item.entrypoint != SWEEP} == {POOL}
 
 
 def test_a_child_ends_with_its_grandchildren_even_in_sessions_of_their_own(tmp_path: Path) -> None:
@@ -113,6 +135,7 @@ SERVE = """
 import sys
 from pathlib import Path
 from flows import up
+from flows.pools import POOL, SWEEP_POOL
 from flows.processes import Child
 
 def start(home, environment, ports, children, stop):

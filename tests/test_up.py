@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from deployments.definitions import DEFINITIONS
+from flows.pools import POOL, SWEEP_POOL
 from flows.processes import _marked, end_marked, taken
 
 ROOT = Path(__file__).parent.parent
@@ -88,8 +89,10 @@ def test_all_is_there_when_the_addresses_are_printed(running: Up) -> None:
     for item in DEFINITIONS:
         assert deployed[item.name]["parameters"] == item.all_parameters()
         assert [schedule["active"] for schedule in deployed[item.name]["schedules"]] == [False] * len(item.schedules)
-    workers = running.api("POST", "/work_pools/cdpo/workers/filter", {})
-    assert [worker["status"] for worker in workers] == ["ONLINE"]
+    for pool in (POOL, SWEEP_POOL):
+        workers = running.api("POST", f"/work_pools/{pool}/workers/filter", {})
+        assert [worker["status"] for worker in workers] == ["ONLINE"]
+        assert {item["work_pool_name"] for item in deployed.values()} == {POOL, SWEEP_POOL}
 
 
 def test_a_second_one_is_refused(running: Up) -> None:
@@ -103,19 +106,47 @@ def test_deploying_again_keeps_what_the_operator_set(running: Up) -> None:
     def nightly() -> Any:
         return running.api("GET", "/deployments/name/sweep/sweep-nightly")
 
-    (before,) = nightly()["schedules"]
-    running.api("PATCH", f"/deployments/{before['deployment_id']}/schedules/{before['id']}", {"active": True})
+    before = nightly()
+    address = f"/deployments/{before['id']}/schedules"
+    first = next(item for item in before["schedules"] if item["slug"] == "nightly")
+    assert first["parameters"] == {"name": "nightly"}
+    running.api("PATCH", f"{address}/{first['id']}", {"active": True, "parameters": {"seed": 3}})
+    hourly = {
+        "schedule": {"cron": "0 * * * *", "timezone": "Europe/Berlin"},
+        "active": False,
+        "parameters": {"seed": 5},
+    }
+    running.api("POST", address, [hourly])
+    running.api("PATCH", f"/work_pools/{POOL}", {"concurrency_limit": 7})
+    running.api("PATCH", f"/deployments/{before['id']}", {"paused": True})
     running.python("-m", "deployments.bootstrap")
-    (after,) = nightly()["schedules"]
-    assert (after["slug"], after["active"]) == ("nightly", True)
+    after = {item["slug"]: item for item in nightly()["schedules"]}
+    assert set(after) == {"nightly", "weekly", None}
+    assert (after["nightly"]["active"], after["nightly"]["parameters"]) == (True, {"seed": 3})
+    assert (after["weekly"]["active"], after[None]["parameters"]) == (False, {"seed": 5})
+    assert after[None]["schedule"]["timezone"] == "Europe/Berlin"
+    assert nightly()["paused"] is True
+    assert running.api("GET", f"/work_pools/{POOL}")["concurrency_limit"] == 7
     assert len(running.api("POST", "/deployments/filter", {})) == len(DEFINITIONS)
-    # Prefect's own `prefect deploy` reads the same deployments from prefect.yaml, and turns the schedule off again.
+    running.python("-m", "deployments.bootstrap", "--concurrency", "2")
+    assert running.api("GET", f"/work_pools/{POOL}")["concurrency_limit"] == 2
+    # Runs still start where `cdpo up` was started.
+    template = running.api("GET", f"/work_pools/{POOL}")["base_job_template"]
+    assert template["variables"]["properties"]["working_dir"]["default"] == str(ROOT)
+
+
+def test_prefects_own_deploy_makes_the_same_from_prefect_yaml(running: Up) -> None:
     running.python("-m", "prefect", "--no-prompt", "deploy", "--all")
     deployed = {item["name"]: item for item in running.api("POST", "/deployments/filter", {})}
+    assert len(deployed) == len(DEFINITIONS)
     for item in DEFINITIONS:
         assert deployed[item.name]["parameters"] == item.all_parameters()
         assert deployed[item.name]["entrypoint"] == item.entrypoint
+        assert deployed[item.name]["work_pool_name"] == item.pool
         assert (deployed[item.name]["path"], deployed[item.name]["pull_steps"]) == (None, [])
+        schedules = {found["slug"]: found for found in deployed[item.name]["schedules"]}
+        for when in item.schedules:
+            assert (schedules[when.slug]["parameters"], schedules[when.slug]["active"]) == (when.parameters, False)
 
 
 def test_an_invalid_parameter_is_refused_and_named(running: Up) -> None:
@@ -143,7 +174,7 @@ def test_a_run_of_a_deployment_with_nested_parameters_changed(running: Up) -> No
         return running.api("GET", f"/flow_runs/{run['id']}")["state"]
 
     _until(lambda: state()["type"] in ("COMPLETED", "FAILED", "CRASHED"), 240)
-    assert state()["type"] == "COMPLETED", (running.home / "logs" / "worker.log").read_text()[-3000:]
+    assert state()["type"] == "COMPLETED", (running.home / "logs" / "worker-cdpo.log").read_text()[-3000:]
     artifacts = running.api("POST", "/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}})
     link = next(item for item in artifacts if item["key"].startswith("mlflow-"))
     assert running.state["MLFLOW_TRACKING_URI"] in link["data"]
