@@ -175,8 +175,7 @@ class _Watch:
         self._started: set[UUID] = set()
 
     def start(self, child: Child, config: ExperimentConfig) -> None:
-        parameters = {name: _plain(value) for name, value in sections(config).items()}
-        run, is_new = self._runs.start(child.identity, config.name, parameters)
+        run, is_new = self._runs.start(child.identity, config.name, config.model_dump(mode="json"))
         self.running[run.id] = child
         if is_new:
             self._started.add(run.id)
@@ -210,13 +209,6 @@ class _Watch:
         if result is None:
             return Ended(child, None, f"it completed, but its result is not in the sweep's store ({self._store.uri})")
         return Ended(child, result)
-
-
-def _plain(value: Any) -> Any:
-    """A section as JSON."""
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
 
 
 def _seen_from_here(config: ExperimentConfig) -> ExperimentConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from chain_kit import finished
 from servers_mlflow import _empty_mlflow_database, mlflow_home, mlflow_server
+from servers_postgres import postgres
 from servers_prefect import prefect_server
 from servers_s3 import s3_endpoint, s3_uri
 
@@ -13,12 +14,13 @@ __all__ = [
     "finished",
     "mlflow_home",
     "mlflow_server",
+    "postgres",
     "prefect_server",
     "s3_endpoint",
     "s3_uri",
 ]
 
-SERVERS = {"mlflow_server", "prefect_server"}
+SERVERS = {"mlflow_server", "postgres", "prefect_server"}
 
 
 @pytest.hookimpl(tryfirst=True)
