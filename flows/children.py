@@ -21,6 +21,7 @@ from uuid import UUID
 from cdpo_core.artifacts import Store
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.models.checkpoints import is_local
+from cdpo_core.stages import Progress
 from flows.experiment import experiment, sections
 from flows.grid import Combination, words
 from tasks.child_runs import POLL_SECONDS, ChildRuns
@@ -127,6 +128,7 @@ def run_on_workers(
     store: Store,
     at_once: int,
     told: Listener,
+    progress: Progress,
     *,
     from_here: bool = False,
 ) -> list[Ended]:
@@ -142,10 +144,12 @@ def run_on_workers(
         store: where they write their result records.
         at_once: most children at once; 0 is no limit but the work pool's.
         told: called with each child as it ends.
+        progress: called with how many of the children have ended.
         from_here: the sweep runs on this machine, so paths are meant from its working folder.
     """
     waiting, ended = list(children), dict[tuple[int, ...], Ended]()
     watch = _Watch(runs, store)
+    progress("", 0, len(children))
     try:
         while waiting or watch.running:
             free = (at_once or len(children)) - len(watch.running)
@@ -157,6 +161,7 @@ def run_on_workers(
             for found in watch.newly_ended():
                 ended[found.child.place] = found
                 told(found)
+                progress("", len(ended), len(children))
             if watch.running:
                 time.sleep(POLL_SECONDS)
     except BaseException as error:
