@@ -138,11 +138,12 @@ def _conduct(
     journal: SweepJournal, children: list[Child], limits: list[float], at_once: int, run_on: Place
 ) -> dict[str, Any]:
     ended = _run(journal, children, at_once, run_on)
-    results = [
-        {**item.result, "settings": dict(item.child.settings), "number": number}
+    found = [
+        (item.child.config, {**item.result, "settings": dict(item.child.settings), "number": number})
         for number, item in enumerate(ended)
         if item.result is not None
     ]
+    results = [result for _, result in found]
     return {
         "name": journal.config.name,
         "limits": limits,
@@ -150,7 +151,7 @@ def _conduct(
         "failed": [_failure(item) for item in ended if item.result is None],
         "frontier": frontier_points(results),
         "exact_frontier": exact_frontier(results),
-        "chosen": choose_for_sweep(journal.bench, results, tested=len(children)),
+        "chosen": choose_for_sweep(found, tested=len(children)),
         "tracking": journal.record(),
     }
 
@@ -169,7 +170,7 @@ def _run(journal: SweepJournal, children: list[Child], at_once: int, run_on: Pla
     """Run the children on workers or here; `auto` is on workers for a sweep that is itself a deployment's run."""
     parent = this_flow_run()
     is_deployed = parent.deployment_id is not None
-    told = _listener(journal, len(children))
+    told = _listener(journal)
     if run_on == "here" or (run_on == "auto" and not is_deployed):
         return run_here(children, journal.run_id, told)
     with get_client(sync_client=True) as client:
@@ -177,7 +178,10 @@ def _run(journal: SweepJournal, children: list[Child], at_once: int, run_on: Pla
         if deployment is not None:
             runs = ChildRuns(client, deployment, parent, experiment_tag(journal.key))
             store = journal.bench.store
-            return run_on_workers(children, journal.run_id, runs, store, at_once, told, from_here=not is_deployed)
+            progress = journal.bench.runtime(f"children of {journal.config.name}").progress
+            return run_on_workers(
+                children, journal.run_id, runs, store, at_once, told, progress, from_here=not is_deployed
+            )
     if run_on == "workers":
         raise InputError(
             f"the children cannot run on workers: {reason}",
@@ -188,20 +192,15 @@ def _run(journal: SweepJournal, children: list[Child], at_once: int, run_on: Pla
     return run_here(children, journal.run_id, told)
 
 
-def _listener(journal: SweepJournal, children: int) -> Listener:
-    """Tells the tracker, the log and the progress of each child that ends."""
-    ended: list[Ended] = []
-    report = journal.bench.runtime(f"children of {journal.config.name}").progress
+def _listener(journal: SweepJournal) -> Listener:
+    """Tells the log and the tracker of each child that ends."""
 
     def told(one: Ended) -> None:
-        ended.append(one)
         name = one.child.config.name
         if one.result is None:
             log.error("%s failed: %s", name, one.error)
         else:
             log.info("%s: %s", name, one.result["status"].replace("_", " "))
             journal.child_ended({**one.result, "settings": one.child.settings})
-        if report is not None:
-            report("", len(ended), children)
 
     return told

@@ -35,24 +35,24 @@ from tasks.workbench import Workbench, open_workbench
 PARAMS_OF_A_CHILD = ("seed", "testbed.seed", "dpo.beta", "dpo.labels", "dual.update", "data.source")
 
 
-def choose_for_sweep(bench: Workbench, children: Sequence[Mapping[str, Any]], tested: int = 0) -> dict[str, Any] | None:
+def choose_for_sweep(found: Sequence[tuple[ExperimentConfig, Mapping[str, Any]]], tested: int) -> dict[str, Any] | None:
     """The certified child with the most test reward when delta is split over all of them; None without one.
 
     Choosing the best of several tested policies is several tests, so each must pass at
     delta / number of tests (Bonferroni).
 
     Args:
-        bench: of the sweep.
-        children: the result records there are.
-        tested: how many children the sweep has, with those that have no result yet; 0 is as many as are given.
+        found: the children that have a result record, with their configs.
+        tested: how many children the sweep has, with those that have no result yet.
     """
-    if not children:
-        return None
-    delta = bench.config.certificate.delta / (tested or len(children))
-    passed = [child for child in children if child["status"] == "certified" and _passes_at(bench, child, delta)]
+    passed = []
+    for config, child in found:
+        delta = config.certificate.delta / tested
+        if child["status"] == "certified" and _passes_at(open_workbench(config), child, delta):
+            passed.append((child, delta))
     if not passed:
         return None
-    best = max(passed, key=lambda child: child["test"]["reward"]["mean"])
+    best, delta = max(passed, key=lambda item: item[0]["test"]["reward"]["mean"])
     return {key: best[key] for key in ("limit", "settings", "lambda", "policy", "test")} | {"delta": delta}
 
 
