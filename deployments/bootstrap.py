@@ -1,4 +1,4 @@
-"""Make the work pools and the deployments on the Prefect server of PREFECT_API_URL; again changes nothing.
+"""Make the work pools, automations and deployments on the Prefect server of PREFECT_API_URL; again changes nothing.
 
 python -m deployments.bootstrap --concurrency 4
 python -m deployments.bootstrap --write prefect.yaml
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deployments.automations import make_automations
 from deployments.definitions import DEFINITIONS, TAG, Definition, prefect_yaml
 from deployments.pools import make_pools
 from tasks.environment import quiet_environment
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def bootstrap(*, concurrency: int = 0, working_folder: str = "") -> list[str]:
-    """Make or update the work pools and every deployment.
+    """Make or update the work pools, the automations and every deployment.
 
     Args:
         concurrency: how many experiments run at once over all workers; 0 leaves the limit as it is.
@@ -38,6 +39,7 @@ def bootstrap(*, concurrency: int = 0, working_folder: str = "") -> list[str]:
 
     with get_client(sync_client=True) as client:
         make_pools(client, concurrency=concurrency, working_folder=working_folder)
+        make_automations(client)
         return [_deploy(client, item) for item in DEFINITIONS]
 
 

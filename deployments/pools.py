@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cdpo_core.errors import InputError
 from flows.pools import POOL, SWEEP_POOL
+from tasks.environment import HEARTBEAT
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -44,7 +45,7 @@ def _make_pool(client: SyncPrefectClient, name: str, words: str, working_folder:
     from prefect.exceptions import ObjectAlreadyExists
     from prefect.workers.process import ProcessWorker
 
-    template = _starting_in(working_folder, ProcessWorker.get_default_base_job_template())
+    template = _with_heartbeats(_starting_in(working_folder, ProcessWorker.get_default_base_job_template()))
     try:
         client.create_work_pool(WorkPoolCreate(name=name, description=words, type=PROCESS, base_job_template=template))
     except ObjectAlreadyExists:
@@ -68,4 +69,10 @@ def _starting_in(folder: str, template: dict[str, Any]) -> dict[str, Any]:
     template = copy.deepcopy(template)
     if folder:
         template["variables"]["properties"]["working_dir"]["default"] = folder
+    return template
+
+
+def _with_heartbeats(template: dict[str, Any]) -> dict[str, Any]:
+    """The automations' window is for runs that send a heartbeat this often, whoever started the worker and how."""
+    template["variables"]["properties"]["env"]["default"] = HEARTBEAT
     return template

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, CycloptsError, Parameter
 
 from cdpo_core.errors import InputError
+from flows.begin import begin
 from flows.command_line import (
     EXAMPLES,
     FIELDS,
@@ -30,8 +31,10 @@ from flows.command_line import (
     split_tokens,
     write_json,
 )
-from flows.terminal import log_to_file, print_error, showing_progress
-from tasks.environment import cdpo_home, quiet_environment
+from flows.store import store as store_commands
+from flows.terminal import print_error, showing_progress
+from flows.up_command import up
+from tasks.environment import quiet_environment
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,6 +51,10 @@ app = App(
     help_epilogue=EXAMPLES,
     usage="Usage: cdpo COMMAND [ARGUMENTS] [--SECTION.FIELD VALUE …]",
 )
+
+
+app.command(store_commands)
+app.command(up, sort_key=9, help_epilogue="")
 
 
 @app.command(sort_key=1, help_epilogue=FIELDS)
@@ -70,7 +77,7 @@ def run(
     experiment = _load(config, given, json)
     with showing_progress() as progress:
         progress("checks", 0, 1)
-        log_file = _quiet("run", prefect=True)
+        log_file = begin("run", experiment)
         from flows.experiment import run_experiment
         from flows.preflight import check_before_run
 
@@ -103,7 +110,7 @@ def plan(
     """
     given = {**(overrides or {}), **_shortcuts(limit, seed, store)}
     experiment = _load(config, given, json)
-    _quiet("plan")
+    begin("plan")
     from flows.plan import plan_experiment
     from flows.plan_report import print_plan
 
@@ -149,7 +156,7 @@ def sweep(
     varied = combinations(experiment, all_seeds, vary)
     with showing_progress() as progress:
         progress("checks", 0, 1)
-        _quiet("sweep", prefect=True)
+        begin("sweep", experiment)
         from flows.closing_report import print_sweep
         from flows.preflight import check_before_run
         from flows.sweep import ChildrenFailed, run_sweep
@@ -197,7 +204,7 @@ def compare(
     chosen = [method.name for method in load_methods(entries(methods, "--methods") if methods else [])]
     with showing_progress() as progress:
         progress("checks", 0, 1)
-        _quiet("compare", prefect=True)
+        begin("compare", experiment)
         from flows.closing_report import print_comparison
         from flows.compare import run_compare
         from flows.preflight import check_before_run
@@ -268,22 +275,7 @@ def sample(
     return DONE
 
 
-@app.command(sort_key=8, help_epilogue="")
-def up(
-    *,
-    prefect_port: Annotated[int, Parameter(help="Port of the Prefect server.", metavar="PORT")] = 4200,
-    mlflow_port: Annotated[int, Parameter(help="Port of the MLflow server.", metavar="PORT")] = 5000,
-) -> int:
-    """Start Prefect, MLflow and a worker on this machine.
-
-    The Prefect server gets the deployments; the URLs are printed when all is ready; Ctrl-C ends all of it.
-    """
-    from flows.up import serve
-
-    return serve(prefect_port, mlflow_port)
-
-
-@app.command(sort_key=9, help_epilogue="")
+@app.command(sort_key=10, help_epilogue="")
 def doctor(
     config: Annotated[str, Parameter(help="YAML file or preset.")] = "testbed", *, overrides: Overrides = None
 ) -> int:
@@ -351,22 +343,6 @@ def _load(config: str, overrides: Mapping[str, str], json: Path | None = None) -
     if json is not None:
         check_writable(json, "--json")
     return load_config(config, overrides)
-
-
-def _quiet(command: str, *, prefect: bool = False) -> Path:
-    """Join the servers of a running `cdpo up`, and send the libraries' logs to a file.
-
-    With `prefect`, a command that is given no Prefect server gets one of its own.
-    """
-    from flows.up import join_running
-
-    join_running()
-    log_file = log_to_file(cdpo_home() / "logs", command)
-    if prefect:
-        from flows.temporary_server import start_prefect_server
-
-        start_prefect_server(log_file.parent)
-    return log_file
 
 
 def _version() -> str:

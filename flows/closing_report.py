@@ -11,7 +11,7 @@ from rich.table import Table
 
 from cdpo_core.evaluation.result import cost_figures, tail_figures, verdict
 from cdpo_core.evaluation.sweep_result import choice_words
-from tasks.environment import cdpo_home
+from tasks.environment import default_store
 
 Record = Mapping[str, Any]
 SHARES = ("unsafe_prompts", "over_refusal")
@@ -227,7 +227,7 @@ def _policy(policy: Any) -> list[str]:
         return []
     store, _, place = policy["uri"].removesuffix(".json").rpartition("/stages/")
     stage, _, key = place.partition("/")
-    option = "" if store == str(cdpo_home() / "store") else f" --store {store}"
+    option = "" if store == default_store() else f" --store {store}"
     return [
         f"  Policy   {policy['uri']}",
         f'  Try it   cdpo sample {stage}/{key[:12]}{option} "PROMPT"',
@@ -245,9 +245,12 @@ def _tracking(result: Record) -> list[str]:
     uri, run = str(tracking.get("uri") or ""), tracking.get("run_id") or ""
     if not uri:
         return []
+    kept = tracking.get("kept")
+    words = f"           it was away: {kept} entries are kept in the store and are sent by the next run"
+    away = [words] if kept else []
     if tracking.get("url") or uri.startswith("http"):
-        return [f"  MLflow   {tracking.get('url') or uri} (run {run})"]
-    return [f"  MLflow   cdpo up, or: mlflow ui --backend-store-uri {uri} (run {run})"]
+        return [f"  MLflow   {tracking.get('url') or uri} (run {run})", *away]
+    return [f"  MLflow   cdpo up, or: mlflow ui --backend-store-uri {uri} (run {run})", *away]
 
 
 def _table(title: str, first: str, *others: str) -> Table:

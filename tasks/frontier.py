@@ -25,8 +25,10 @@ from tasks.prefect_records import (
     show_markdown,
 )
 from tasks.report import report_folder, write_json
+from tasks.review_tracking import ReviewTracker
 from tasks.rounds import measured_from
-from tasks.tracking import Tracker, experiment_key
+from tasks.sweep_review import publish_sweep_report, tell_reviewers
+from tasks.tracking import experiment_key
 from tasks.workbench import Workbench, open_workbench
 
 # What a child's MLflow run names by itself.
@@ -88,7 +90,7 @@ class SweepJournal:
         self.bench = bench = open_workbench(config)
         self.key = sweep_key(config, limits, varied)
         announce_run(self.key)
-        self.tracker = Tracker.open(config.tracking, bench.store, cdpo_home())
+        self.tracker = ReviewTracker.open(config.tracking, bench.store, cdpo_home())
         name = f"sweep of {config.name}"
         self.run_id = self.tracker.run_for(self.key, name, prefect_url=flow_run_url())
         params = {"limits": ", ".join(f"{limit:g}" for limit in limits), "seed": str(config.seed)}
@@ -107,15 +109,18 @@ class SweepJournal:
         if params and child["tracking"]["run_id"]:
             self.tracker.log_params(child["tracking"]["run_id"], params)
 
-    def closed(self, result: Mapping[str, Any]) -> Path:
-        """The frontier as figures, table and points (step = place of the child), and the choice; returns the folder."""
+    def closed(self, result: dict[str, Any]) -> Path:
+        """Figures, table, points (step = place of the child), the choice and the report; returns the folder."""
         folder = report_folder(self.key, f"sweep-{self.config.name}")
         self._draw(result, folder)
+        result["report_artifact"] = publish_sweep_report(self.bench.store, result, folder).model_dump()
         write_json(result, folder / "result.json")
         self.tracker.log_points(self.run_id, _points(result))
         failed = ", ".join(item["name"] for item in result["failed"])
         chosen = json.dumps(result["chosen"] and result["chosen"]["limit"])
         self.tracker.set_tags(self.run_id, {"chosen": chosen, "failed": failed})
+        model = self.config.tracking.model_name or f"cdpo-{self.config.name}"
+        tell_reviewers(self.tracker, self.run_id, self.key, result, model, folder)
         show_markdown(f"frontier-{self.key}", _markdown(result), "reward over cost along the limits")
         ended = max((child["ended_ms"] for child in result["children"]), default=0)
         self.tracker.finish(self.run_id, "FAILED" if result["failed"] else "FINISHED", ended)

@@ -218,7 +218,8 @@ def price_of_limits(rows: Sequence[Mapping[str, Any]], limit: float, path: Path,
     known = [row for row in rows if row["reachable"]]
     with drawing(path) as (panel,):
         panel.plot([row["limit"] for row in known], [row["reward"] for row in known], color=BLUE, marker="o")
-        _limit_line(panel, limit, ORANGE)
+        panel.axvline(limit, color=ORANGE, linestyle="--", linewidth=1.5, label=f"limit {_signed(limit)}, asked for")
+        panel.legend(loc="best")
         panel.set(title="What a limit costs, predicted", xlabel=f"limit on {name}", ylabel="mean reward")
 
 
