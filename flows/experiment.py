@@ -15,6 +15,7 @@ from typing import Any
 from prefect import flow, tags
 from prefect.states import Completed, State
 
+from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.stages import Progress
 from flows.align import Alignment, align
@@ -98,6 +99,7 @@ def _conduct(bench: Workbench) -> dict[str, Any]:
         record = f"results/{journal.key}-{chosen[:12]}"
         bench.put_record(record, result)
         used = [(done.ref, done.label) for done in bench.results if done.ref is not None]
+        used.append((ArtifactRef(**result["report_artifact"]), "report"))
         facts = {name: result[name] for name in ("status", "ended_ms")} | {"result": record}
         enter_run(bench.store, "experiment", journal.key, bench.config.name, used, facts)
         journal.closed(result, folder)
