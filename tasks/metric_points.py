@@ -97,7 +97,7 @@ def scorer_points(scorers: Mapping[str, Mapping[str, Any]], timestamp: int) -> l
 
 
 def result_points(result: Mapping[str, Any], timestamp: int) -> list[MetricPoint]:
-    """test/* (with _low and _high), oracle/* and scorer/* of a result record, at the step of its last round.
+    """test/* (with _low and _high) and oracle/* of a result record, at the step of its last round.
 
     With several constraints also oracle/true_cost/<name> and so on, one for each.
     """
@@ -116,7 +116,7 @@ def result_points(result: Mapping[str, Any], timestamp: int) -> list[MetricPoint
     constraints = result.get("constraints") or []
     for item in constraints if len(constraints) > 1 else []:
         values |= {f"oracle/{figure}/{item['name']}": item.get(figure) for figure in ORACLE_FIGURES}
-    return _points(values, step, timestamp) + scorer_points(result.get("scorers") or {}, timestamp)
+    return _points(values, step, timestamp)
 
 
 def varying_params(config: ExperimentConfig) -> dict[str, str]:

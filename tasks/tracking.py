@@ -277,7 +277,8 @@ class Tracker:
         try:
             return self._asked(lambda: self._calls.send(run_id, call, arguments))
         except ServerAway as error:
-            log.warning("%s; what it is to be told is kept in the store and sent later", error.what)
+            log.warning("MLflow does not answer: what it is to be told is kept in the store and sent later")
+            log.info("it said: %s", error.what)
             self._keep(run_id, call, arguments)
             return None
 
