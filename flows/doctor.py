@@ -6,15 +6,18 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.errors import CdpoError
-from tasks.environment import cdpo_home
+from tasks.access import FIX as LOGIN_FIX
+from tasks.access import mlflow_authorization, prefect_authorization
+from tasks.environment import cdpo_home, default_store
 from tasks.mlflow_connection import given_address, is_http, without_secrets
 from tasks.outbox import kept_entries
 
@@ -25,6 +28,8 @@ ENVIRONMENT = (
     "PREFECT_API_URL",
     "PREFECT_HOME",
     "MLFLOW_TRACKING_URI",
+    "CDPO_STORE",
+    "CDPO_USERNAME",
     "AWS_ENDPOINT_URL",
     "HF_HUB_OFFLINE",
 )
@@ -105,7 +110,7 @@ def _home() -> Finding:
 def _store(config: ExperimentConfig) -> Finding:
     from tasks.storage import open_store
 
-    store = open_store(config.store.uri or str(cdpo_home() / "store"))
+    store = open_store(config.store.uri or default_store())
     store.probe()
     kept = [f"{number} entries for the MLflow at {uri}" for uri, number in kept_entries(store).items()]
     waiting = f"; kept while it was away: {', '.join(kept)} (the next run there sends them)" if kept else ""
@@ -119,7 +124,9 @@ def _mlflow(config: ExperimentConfig) -> Finding:
     if not uri:
         return Finding("MLflow", "a database under the state folder (no server needed)")
     if is_http(uri):
-        return _answers("MLflow", f"{uri.rstrip('/')}/health", "start it, or correct MLFLOW_TRACKING_URI")
+        address = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1"
+        fix = "start it, or correct MLFLOW_TRACKING_URI"
+        return _answers("MLflow", uri, address, mlflow_authorization(os.environ), fix)
     return Finding("MLflow", without_secrets(uri))
 
 
@@ -130,15 +137,24 @@ def _prefect() -> Finding:
     if without_secrets(url) != url:
         fix = "take them out of PREFECT_API_URL, and set PREFECT_API_AUTH_STRING"
         return Finding("Prefect", f"{without_secrets(url)} holds credentials", fix)
-    return _answers("Prefect", f"{url.rstrip('/')}/health", "start it (cdpo up), or unset PREFECT_API_URL")
+    address = f"{url.rstrip('/')}/admin/version"
+    fix = "start it (cdpo up), or unset PREFECT_API_URL"
+    return _answers("Prefect", url, address, prefect_authorization(os.environ), fix)
 
 
-def _answers(what: str, url: str, fix: str) -> Finding:
+def _answers(what: str, url: str, address: str, login: Mapping[str, str], fix: str) -> Finding:
+    """Whether the server lets this environment's login in: a health check would need none."""
     try:
-        urllib.request.urlopen(url, timeout=SECONDS).close()
+        request = urllib.request.Request(address, headers=dict(login))
+        urllib.request.urlopen(request, timeout=SECONDS).close()
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            refused = "refuses this login" if login else "asks for a login"
+            return Finding(what, f"{url} {refused}", LOGIN_FIX)
+        return Finding(what, f"{url} answers: {error}", fix)
     except (OSError, HTTPException, ValueError) as error:
         return Finding(what, f"{url} does not answer: {error}", fix)
-    return Finding(what, f"{url} answers")
+    return Finding(what, f"{url} answers{' to this login' if login else ''}")
 
 
 def _environment() -> Finding:

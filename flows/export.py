@@ -22,20 +22,20 @@ def find_policy(reference: str, store_uri: str = "") -> tuple[Store, Manifest]:
 
     Args:
         reference: `<store>/stages/<stage>/<key>.json`, or `<stage>/<beginning of the key>` in one store.
-        store_uri: the store of a short reference; "" is the one under CDPO_HOME.
+        store_uri: the store of a short reference; "" is the default one (CDPO_STORE, else under CDPO_HOME).
 
     Raises:
         InputError: the reference is none, names nothing or several things, or names something else than a policy;
             or the store does not answer within 30 seconds.
     """
-    from tasks.environment import cdpo_home
+    from tasks.environment import default_store
     from tasks.storage import open_to_read
 
     address, found, place = reference.removeprefix("cdpo://").removesuffix(".json").rpartition("/stages/")
     stage, _, key = place.partition("/")
     if not key:
         raise InputError("this is no reference to a policy", where=reference, fix=HOW_TO_NAME)
-    store = open_to_read(address if found else store_uri or str(cdpo_home() / "store"))
+    store = open_to_read(address if found else store_uri or default_store())
     manifest = store.find(stage, key) if found else _by_beginning(store, stage, key)
     if manifest is None:
         raise InputError("the store holds nothing under this reference", where=reference, fix=HOW_TO_NAME)

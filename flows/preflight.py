@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.errors import InputError
 from flows.temporary_server import wait_until_ready
+from tasks.access import FIX
 from tasks.environment import cdpo_home
 from tasks.mlflow_connection import without_secrets
 from tasks.patience import ServerAway, when_there
 from tasks.preference_models import RESERVED_BASES
 from tasks.tracking import Tracker
 from tasks.workbench import store_of
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
 
 SHARED = "reward"
 """The base of a cost model that is a further head on the reward model's backbone."""
@@ -61,6 +67,7 @@ def _check_machine(config: ExperimentConfig) -> None:
 
 
 def _check_prefect() -> None:
+    from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL
 
     from tasks.prefect_patience import server_error
@@ -82,6 +89,21 @@ def _check_prefect() -> None:
             where=f"PREFECT_API_URL = {without_secrets(url)}",
             fix="start it (`cdpo up`), or unset PREFECT_API_URL: the run then starts a temporary server",
         )
+    with get_client(sync_client=True) as client:
+        _check_prefect_login(client, url)
+
+
+def _check_prefect_login(client: SyncPrefectClient, url: str) -> None:
+    """The health check needs no login; this does."""
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    try:
+        client.api_version()
+    except PrefectHTTPStatusError as error:
+        if error.response.status_code != 401:
+            raise
+        given = "refuses this login" if "PREFECT_API_AUTH_STRING" in os.environ else "asks for a login"
+        raise InputError(f"the Prefect server {given}", where=f"PREFECT_API_URL = {url}", fix=FIX) from None
 
 
 def _check_words(config: ExperimentConfig) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -127,8 +127,8 @@ def _end(processes: Sequence[psutil.Process], grace: float) -> None:
             return
 
 
-def taken(port: int) -> bool:
-    """Whether something on this machine listens on the port.
+def taken(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether something on this machine listens on the port of this address.
 
     Raises:
         OSError: it cannot be listened on for another reason.
@@ -136,7 +136,7 @@ def taken(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
@@ -151,10 +151,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def http_json(url: str, body: Any = None) -> Any:
+def http_json(url: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Any:
     """The answer of a server on this machine, parsed if it is JSON; None if there is none (yet)."""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
+    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json", **(headers or {})})
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(request, timeout=5) as answer:

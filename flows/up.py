@@ -1,19 +1,21 @@
-"""`cdpo up`: the Prefect server, the MLflow server, the deployments and the workers, on loopback.
+"""`cdpo up`: the Prefect server, the MLflow server, the deployments and the workers, on loopback unless told otherwise.
 
     cdpo up --prefect-port 4200 --mlflow-port 5000
+    cdpo up --postgres postgresql://cdpo@db.example.com --store s3://team/cdpo --workers 2
 
-All state is under CDPO_HOME. Runs started by `cdpo run` meanwhile show in the same two UIs. Ctrl-C or SIGTERM ends
-every process this started; if one of them dies, that is said and all end.
+All state is under CDPO_HOME, but for what PostgreSQL and S3 hold. Runs started by `cdpo run` meanwhile show in the same
+two UIs. Ctrl-C or SIGTERM ends every process this started; if one of them dies, that is said and all end.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import ipaddress
 import json
 import os
 import signal
-import sys
+import socket
 import threading
 import time
 import uuid
@@ -24,115 +26,129 @@ from typing import Any
 
 from cdpo_core.errors import CdpoError, InputError
 from flows.command_line import default_to_nothing
-from flows.pools import POOL, SWEEP_POOL
-from flows.processes import MARKER, Child, end_all, end_marked, free_port, http_json, tail, taken
+from flows.databases import databases_at, make_databases
+from flows.processes import Child, end_all, end_marked, free_port, http_json, tail, taken
+from flows.stack import Part, Stack
 from flows.terminal import make_log_folder
-from tasks.environment import cdpo_home, local_mlflow
+from flows.up_command import UpOptions
+from tasks.access import PASSWORD, USERNAME, Login, login_of_environment, mlflow_authorization, prefect_authorization
+from tasks.environment import DEFAULT_STORE, cdpo_home
+from tasks.mlflow_connection import without_secrets
 
-# By pool: the name of its worker here.
-WORKERS = {POOL: "cdpo-up", SWEEP_POOL: "cdpo-up-sweeps"}
 READY_SECONDS = 180
 LOCK, STATE = "up.lock", "up.json"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SERVERS = ("PREFECT_API_URL", "MLFLOW_TRACKING_URI")
+# What other commands take over from a running `cdpo up`.
+SHARED = ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", DEFAULT_STORE, "AWS_ENDPOINT_URL")
 
 
-def serve(prefect_port: int, mlflow_port: int) -> int:
+def serve(options: UpOptions) -> int:
     """Start everything, say where it is, and wait for Ctrl-C, SIGTERM or the death of a part.
-
-    Args:
-        prefect_port, mlflow_port: 0 takes a free one.
 
     Returns:
         0 after Ctrl-C or SIGTERM.
 
     Raises:
-        InputError: a port is taken, or `cdpo up` is running already under this CDPO_HOME.
+        InputError: an option cannot be used, or `cdpo up` is running already under this CDPO_HOME.
         CdpoError: a part did not start, or died.
     """
+    options.check()
     home = cdpo_home()
     make_log_folder(home / "logs")
     with _only_one(home), _stop_signals() as stop:
         _end_leftovers(home)
-        ports = [_port(prefect_port, "--prefect-port"), _port(mlflow_port, "--mlflow-port")]
-        marker = uuid.uuid4().hex
-        environment = _environment(home, marker, *ports)
-        _remember(home, marker, environment, ready=False)
+        stack = _stack(options, home)
+        _remember(stack, ready=False)
         children: list[Child] = []
         try:
-            if _start(home, environment, ports, children, stop):
-                _remember(home, marker, environment, ready=True)
-                _announce(home, *ports)
+            if _start(stack, children, stop):
+                _remember(stack, ready=True)
+                _announce(stack)
                 _watch(children, stop)
         finally:
             _say("ending the workers and the servers …")
-            left = end_all(list(reversed(children)), marker)
+            left = end_all(list(reversed(children)), stack.marker)
             (home / STATE).unlink(missing_ok=True)
             _say("all ended" if not left else f"still running: {left}")
     return 0
 
 
 def join_running() -> None:
-    """Let this process use the servers of a `cdpo up` that runs under the same CDPO_HOME, unless told others."""
+    """Let this process use the servers and the store of a `cdpo up` that runs under the same CDPO_HOME.
+
+    What the environment says already stays; a login must be in it (CDPO_USERNAME, CDPO_PASSWORD).
+    """
     state = _read_state(cdpo_home())
     if state is None or not state["ready"] or not _is_locked(cdpo_home()):
         return
-    for name in SERVERS:
-        os.environ.setdefault(name, state[name])
+    for name in SHARED:
+        if name in state:
+            os.environ.setdefault(name, state[name])
 
 
-def _start(
-    home: Path, environment: dict[str, str], ports: list[int], children: list[Child], stop: threading.Event
-) -> bool:
+def _stack(options: UpOptions, home: Path) -> Stack:
+    """What the options and the environment ask for, after everything has been checked that can be."""
+    host = options.host
+    login = _login(host)
+    return Stack(
+        home=home,
+        marker=uuid.uuid4().hex,
+        host=host,
+        prefect_port=_port(options.prefect_port, "--prefect-port", host),
+        mlflow_port=_port(options.mlflow_port, "--mlflow-port", host),
+        databases=databases_at(options.postgres),
+        store=_checked_store(options.store),
+        workers=options.workers,
+        concurrency=options.concurrency,
+        login=login,
+    )
+
+
+def _start(stack: Stack, children: list[Child], stop: threading.Event) -> bool:
     """Start all parts in order; False if told to stop before they were ready."""
-    python = [sys.executable, "-m"]
-    prefect_port, mlflow_port = ports
-    backend, artifacts = local_mlflow(home)
-    logs = home / "logs"
+    if stack.databases:
+        make_databases(stack.databases)
+    stack.make_files()
     _say("starting the Prefect server and the MLflow server …")
-    prefect = Child(
-        "the Prefect server",
-        [*python, "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect_port)],
-        environment,
-        logs / "prefect-server.log",
-    )
-    children.append(prefect)
-    hosts = ",".join(f"{host}{port}" for host in ("127.0.0.1", "localhost") for port in ("", f":{mlflow_port}"))
-    mlflow_command = [*python, "mlflow", "server", "--host", "127.0.0.1", "--port", str(mlflow_port), "--workers", "1"]
-    mlflow_command += ["--backend-store-uri", backend, "--default-artifact-root", artifacts, "--no-serve-artifacts"]
-    mlflow_command += ["--allowed-hosts", hosts]
-    mlflow = Child("the MLflow server", mlflow_command, environment, logs / "mlflow-server.log")
-    children.append(mlflow)
-    for server, health in ((prefect, f"{prefect_port}/api/health"), (mlflow, f"{mlflow_port}/health")):
-        if not _wait(server, lambda path=health: http_json(f"http://127.0.0.1:{path}") is not None, children, stop):
+    servers = [_child(stack, part) for part in stack.servers()]
+    children += servers
+    for server, health in zip(servers, (f"{stack.prefect}/api/health", f"{stack.mlflow}/health"), strict=True):
+        if not _wait(server, lambda url=health: http_json(url) is not None, children, stop):
             return False
+    _check_login(stack)
     _say("deploying …")
-    deploy = [*python, "deployments.bootstrap", "--working-folder", str(Path.cwd())]
-    deployer = Child("the deployment", deploy, environment, logs / "deploy.log")
-    if not _finish(deployer, children, stop):
+    if not _finish(_child(stack, stack.deployment()), children, stop):
         return False
-    for pool, name in WORKERS.items():
-        worker = [*python, "prefect", "worker", "start", "--pool", pool, "--name", name, "--install-policy", "never"]
-        children.append(Child(f"the worker of pool {pool}", worker, environment, logs / f"worker-{pool}.log"))
-    pools = f"http://127.0.0.1:{prefect_port}/api/work_pools"
-    started = list(zip(WORKERS.items(), children[-len(WORKERS) :], strict=True))
+    workers = [(pool, name, _child(stack, part)) for pool, name, part in stack.pool_workers()]
+    children += [child for _, _, child in workers]
     return all(
-        _wait(child, lambda pool=pool, name=name: _is_online(f"{pools}/{pool}", name), children, stop)
-        for (pool, name), child in started
+        _wait(child, lambda pool=pool, name=name: _is_online(stack, pool, name), children, stop)
+        for pool, name, child in workers
     )
 
 
-def _announce(home: Path, prefect_port: int, mlflow_port: int) -> None:
-    for line in (
-        "",
-        f"Prefect   http://127.0.0.1:{prefect_port}   (deployments: http://127.0.0.1:{prefect_port}/deployments)",
-        f"MLflow    http://127.0.0.1:{mlflow_port}",
-        f"State     {home}   (logs in {home / 'logs'})",
-        "",
-        "Start a run in the browser, or with `cdpo run …` in another terminal; both show in both.",
-        "Ctrl-C ends everything started here.",
-    ):
-        _say(line)
+def _child(stack: Stack, part: Part) -> Child:
+    return Child(part.name, part.command, part.environment, stack.home / "logs" / f"{part.log}.log")
+
+
+def _announce(stack: Stack) -> None:
+    rows = [
+        ("Prefect", f"{stack.prefect}   (deployments: {stack.prefect}/deployments)"),
+        ("MLflow", stack.mlflow),
+        ("State", f"{stack.home}   (logs in {stack.home / 'logs'})"),
+    ]
+    if stack.databases:
+        rows.append(("Databases", f"PostgreSQL at {stack.databases.shown}"))
+    if stack.store:
+        rows.append(("Store", stack.store))
+    if stack.login:
+        rows.append(("Login", f"{stack.login.username}, password as in {PASSWORD}; Prefect's page takes NAME:PASSWORD"))
+    _say("")
+    for name, value in rows:
+        _say(f"{name:<10}{value}")
+    _say("")
+    _say("Start a run in the browser, or with `cdpo run …` in another terminal; both show in both.")
+    _say("Ctrl-C ends everything started here.")
 
 
 def _say(line: str) -> None:
@@ -194,38 +210,70 @@ def _finish(deployer: Child, children: list[Child], stop: threading.Event) -> bo
         deployer.end(0)
 
 
-def _is_online(pool: str, worker: str) -> bool:
-    found = http_json(f"{pool}/workers/filter", body={})
+def _is_online(stack: Stack, pool: str, worker: str) -> bool:
+    headers = prefect_authorization(stack.for_clients())
+    found = http_json(f"{stack.prefect}/api/work_pools/{pool}/workers/filter", body={}, headers=headers)
     return any(item.get("name") == worker and item.get("status") == "ONLINE" for item in found or [])
 
 
-def _environment(home: Path, marker: str, prefect_port: int, mlflow_port: int) -> dict[str, str]:
-    api = f"http://127.0.0.1:{prefect_port}/api"
-    return {
-        **os.environ,
-        MARKER: marker,
-        "CDPO_HOME": str(home),
-        "PREFECT_HOME": os.environ.get("PREFECT_HOME") or str(home / "prefect"),
-        "PREFECT_API_URL": api,
-        "PREFECT_SERVER_UI_API_URL": api,
-        "PREFECT_UI_URL": f"http://127.0.0.1:{prefect_port}",
-        "PREFECT_WORKER_QUERY_SECONDS": "2",
-        # A run whose process vanished misses three of these and is called Crashed; the default would take 10 minutes.
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
-        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{mlflow_port}",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "PYTHONUNBUFFERED": "1",
-    }
+def _login(host: str) -> Login | None:
+    """The login the servers will ask for; without one they listen on loopback alone."""
+    login = login_of_environment()
+    if login is None and os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
+        raise InputError(
+            "a login for Prefect alone leaves MLflow open",
+            where="PREFECT_SERVER_API_AUTH_STRING",
+            fix=f"set {USERNAME} and {PASSWORD} instead: both servers then ask for them",
+        )
+    try:
+        address = ipaddress.ip_address(socket.gethostbyname(host))
+    except OSError as error:
+        raise InputError(f"{host} is no address: {error}", where="--host", fix="give one of this machine's") from error
+    if address.is_unspecified:
+        fix = "give the address or name of this machine that browsers and workers reach it by"
+        raise InputError(f"{host} stands for every address, and links need one", where="--host", fix=fix)
+    if login is None and not address.is_loopback:
+        raise InputError(
+            "the servers would be open to everyone who reaches this machine",
+            where=f"--host {host}",
+            fix=f"set {USERNAME} and {PASSWORD} in the environment: both servers then ask for them",
+        )
+    return login
 
 
-def _port(port: int, option: str) -> int:
+def _check_login(stack: Stack) -> None:
+    """MLflow takes its administrator's password from the environment only when it makes its users' table."""
+    if stack.login is None:
+        return
+    headers = mlflow_authorization(stack.for_clients())
+    if http_json(f"{stack.mlflow}/api/2.0/mlflow/experiments/search?max_results=1", headers=headers) is None:
+        raise InputError(
+            f"MLflow knows {stack.login.username} with another password, or not at all",
+            where=PASSWORD,
+            fix="start with the former login; docs/operations.md (Authentication) says how to change it",
+        )
+
+
+def _checked_store(option: str) -> str:
+    """The address of the store that runs will use, probed; "" where none is given."""
+    store = option or os.environ.get(DEFAULT_STORE, "")
+    if not store:
+        return ""
+    from tasks.storage import open_store
+
+    opened = open_store(store)
+    opened.probe()
+    return str(opened.uri)
+
+
+def _port(port: int, option: str, host: str = "127.0.0.1") -> int:
     if not 0 <= port < 65536:
         raise InputError(f"{port} is no port", where=option, fix="give one from 1024 to 65535, or 0 for a free one")
     try:
-        in_use = port > 0 and taken(port)
+        in_use = port > 0 and taken(port, host)
     except OSError as error:
         raise InputError(
-            f"port {port} cannot be listened on: {error.strerror}",
+            f"port {port} of {host} cannot be listened on: {error.strerror}",
             where=option,
             fix="give one from 1024 to 65535, or 0 for a free one",
         ) from error
@@ -265,12 +313,14 @@ def _is_locked(home: Path) -> bool:
     return False
 
 
-def _remember(home: Path, marker: str, environment: dict[str, str], *, ready: bool) -> None:
-    """Note what runs here, for `cdpo run` to join once it is ready and for a successor to clear away."""
-    state = {name: environment[name] for name in SERVERS}
-    partial = home / f".{STATE}.partial"
-    partial.write_text(json.dumps({"pid": os.getpid(), "marker": marker, "ready": ready, **state}))
-    partial.replace(home / STATE)
+def _remember(stack: Stack, *, ready: bool) -> None:
+    """Note what runs here, for `cdpo run` to join once it is ready and for a successor to clear away; no secrets."""
+    environment = stack.for_clients()
+    shared = {name: environment[name] for name in SHARED if environment.get(name)}
+    state = {name: value for name, value in shared.items() if without_secrets(value) == value}
+    partial = stack.home / f".{STATE}.partial"
+    partial.write_text(json.dumps({"pid": os.getpid(), "marker": stack.marker, "ready": ready, **state}))
+    partial.replace(stack.home / STATE)
 
 
 def _read_state(home: Path) -> dict[str, Any] | None:

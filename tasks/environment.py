@@ -10,9 +10,13 @@ import os
 from pathlib import Path
 
 from cdpo_core.errors import InputError
+from tasks.access import login_of_environment
 
+# Where runs keep their artifacts unless their config says; `cdpo up --store` sets it for its workers.
+DEFAULT_STORE = "CDPO_STORE"
 # What the automation that ends killed runs waits for; Prefect allows no shorter interval.
 HEARTBEAT_SECONDS = 30
+HEARTBEAT = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)}
 # Every run of this project carries it, nested ones too: automations leave other people's runs alone.
 RUN_TAG = "cdpo"
 
@@ -20,7 +24,9 @@ _QUIET = {
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
+    **HEARTBEAT,
+    # A run that died before it was cancelled has nobody to say that it ended; a worker takes 30 s at most.
+    "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_CANCELLING_TIMEOUT_SECONDS": "60",
     # MLflow looks for a git executable to tag runs with a commit; none is needed.
     "GIT_PYTHON_REFRESH": "quiet",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -52,6 +58,11 @@ def cdpo_home() -> Path:
     return Path(os.environ.get("CDPO_HOME") or ".cdpo").expanduser().resolve()
 
 
+def default_store() -> str:
+    """The store of a config that names none: CDPO_STORE, else the folder `store` under the state folder."""
+    return os.environ.get(DEFAULT_STORE) or str(cdpo_home() / "store")
+
+
 def local_mlflow(home: Path) -> tuple[str, str]:
     """MLflow without a server: the database's and the artifact folder's uri under `home`.
 
@@ -64,6 +75,8 @@ def local_mlflow(home: Path) -> tuple[str, str]:
 def quiet_environment(*, make_home: bool = True) -> None:
     """Set the environment Prefect and MLflow run in: no telemetry, no noise, Prefect's home under `cdpo_home()`.
 
+    Their clients log in with CDPO_USERNAME and CDPO_PASSWORD, where these are set.
+
     Prefect's home is left alone when the user names one (PREFECT_HOME) or a server (PREFECT_API_URL).
     Child processes inherit it.
 
@@ -72,9 +85,11 @@ def quiet_environment(*, make_home: bool = True) -> None:
             `cdpo doctor` need no folder.
 
     Raises:
-        InputError: the state folder cannot be written (Prefect itself would try for minutes).
+        InputError: the state folder cannot be written (Prefect itself would try for minutes), or the login is not
+            whole.
     """
-    for name, value in _QUIET.items():
+    login = login_of_environment()
+    for name, value in {**_QUIET, **(login.for_clients() if login else {})}.items():
         os.environ.setdefault(name, value)
     if not os.environ.get("PREFECT_HOME") and not os.environ.get("PREFECT_API_URL"):
         home = cdpo_home() / "prefect"

@@ -56,6 +56,27 @@ def connect(tracking: TrackingConfig, home: Path) -> tuple[Any, str, str]:
             return client, uri, _find_or_create_experiment(client, tracking.experiment, artifacts)
 
 
+def reader(tracking: TrackingConfig, home: Path) -> tuple[Any, str]:
+    """A client that only reads, and the address; nothing is made there. (None, address) where no run was ever tracked.
+
+    Args:
+        tracking: see `connect`.
+        home: see `connect`.
+
+    Raises:
+        InputError: see `connect`; ServerAway is one.
+    """
+    quiet_environment()
+    uri = address(tracking, home)
+    if uri == local_mlflow(home)[0] and not (home / "mlflow.db").exists():
+        return None, uri
+    _check_reachable(uri)
+    with mlflow_errors(InputError, without_secrets(uri), FIX, away=ServerAway), _alone_at_the_tables(uri):
+        from mlflow import MlflowClient
+
+        return MlflowClient(tracking_uri=uri, registry_uri=uri), uri
+
+
 def address(tracking: TrackingConfig, home: Path) -> str:
     """Where MLflow is: the address given, else sqlite under `home`; see `given_address` for what it raises."""
     return given_address(tracking) or local_mlflow(home)[0]

@@ -119,6 +119,21 @@ class Running:
             os.killpg(self.process.pid, signal.SIGKILL)
 
 
+def stored(home: Path, stage: str) -> int:
+    """How many artifacts of a stage the store under a state folder holds."""
+    return len(list(home.glob(f"store/stages/{stage}/*.json")))
+
+
+def training(home: Path, stage: str, before: str, count: int = 1) -> Moment:
+    """A moment in the middle of a training: what comes before it is there, it has left a checkpoint and no more."""
+
+    def moment() -> bool:
+        is_next = stored(home, before) >= count and not stored(home, stage)
+        return is_next and any(home.glob("scratch/*/checkpoint.safetensors"))
+
+    return moment
+
+
 def digests(store: str | Path) -> dict[str, str]:
     """The digest of every artifact in a store, by `stage/key`."""
     return {f"{item.stage}/{item.key}": item.digest for item in open_store(str(store)).manifests()}

@@ -24,6 +24,8 @@ from deployments.definitions import DEFINITIONS, SWEEP, Definition, prefect_yaml
 from flows import up
 from flows.pools import POOL, SWEEP_POOL
 from flows.processes import MARKER, Child, end_all, end_marked, free_port, taken
+from flows.stack import Stack
+from tasks.environment import default_store
 
 ROOT = Path(__file__).parent.parent
 # What a flow takes beside the sections of a config.
@@ -137,15 +139,17 @@ from pathlib import Path
 from flows import up
 from flows.pools import POOL, SWEEP_POOL
 from flows.processes import Child
+from flows.up_command import UpOptions
 
-def start(home, environment, ports, children, stop):
-    child = Child("a part", [sys.executable, "-c", "import time; time.sleep(60)"], environment, home / "log")
-    (home / "pid").write_text(str(child._process.pid))
+def start(stack, children, stop):
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    child = Child("a part", command, stack.for_clients(), stack.home / "log")
+    (stack.home / "pid").write_text(str(child._process.pid))
     children.append(child)
     return True
 
 up._start, up._watch = start, lambda children, stop: None
-sys.exit(up.serve(0, 0))
+sys.exit(up.serve(UpOptions(prefect_port=0, mlflow_port=0)))
 """
 
 
@@ -179,7 +183,7 @@ def test_a_port_that_may_not_be_used_is_not_called_in_use(monkeypatch: pytest.Mo
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(socket.socket, "bind", refuse)
-    with pytest.raises(InputError, match="port 80 cannot be listened on: Permission denied") as caught:
+    with pytest.raises(InputError, match=r"port 80 of 127\.0\.0\.1 cannot be listened on: Permission denied") as caught:
         up._port(80, "--prefect-port")
     assert "from 1024" in caught.value.fix
 
@@ -202,22 +206,23 @@ def test_a_port_in_use_is_an_error_and_0_takes_a_free_one() -> None:
 def test_one_up_for_a_state_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its servers are joined by other commands while it holds the lock, and not afterwards."""
     monkeypatch.setenv("CDPO_HOME", str(tmp_path))
-    environment = {"PREFECT_API_URL": "http://127.0.0.1:1/api", "MLFLOW_TRACKING_URI": "http://127.0.0.1:2"}
-    for name in environment:
+    stack = Stack(tmp_path, "mark", "127.0.0.1", 1, 2, store="s3://team/cdpo")
+    for name in up.SHARED:
         # Set first, so that monkeypatch takes away what join_running sets.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     with up._only_one(tmp_path):
-        up._remember(tmp_path, "mark", environment, ready=False)
+        up._remember(stack, ready=False)
         with pytest.raises(InputError, match="running already"), up._only_one(tmp_path):
             pass
         up.join_running()
         assert "MLFLOW_TRACKING_URI" not in os.environ
-        up._remember(tmp_path, "mark", environment, ready=True)
+        up._remember(stack, ready=True)
         monkeypatch.setenv("PREFECT_API_URL", "http://mine/api")
         up.join_running()
         assert os.environ["PREFECT_API_URL"] == "http://mine/api"
         assert os.environ["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:2"
+        assert default_store() == "s3://team/cdpo"
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     up.join_running()
     assert "MLFLOW_TRACKING_URI" not in os.environ

@@ -9,6 +9,7 @@ import pytest
 from cdpo_core.local_store import LocalStore
 from flows import up
 from flows.cli import main
+from flows.stack import Stack
 from tasks.outbox import Outbox
 
 
@@ -44,13 +45,12 @@ def test_doctor_examines_the_servers_that_a_run_would_join(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CDPO_HOME", str(tmp_path))
-    servers = {"PREFECT_API_URL": "http://127.0.0.1:1/api", "MLFLOW_TRACKING_URI": "http://127.0.0.1:2"}
     with up._only_one(tmp_path):
-        up._remember(tmp_path, "mark", servers, ready=True)
+        up._remember(Stack(tmp_path, "mark", "127.0.0.1", 1, 2), ready=True)
         main(["doctor"])
     out = capsys.readouterr().out
-    assert "Prefect       http://127.0.0.1:1/api/health" in out
-    assert "MLflow        http://127.0.0.1:2/health" in out
+    assert "Prefect       http://127.0.0.1:1/api does not answer" in out
+    assert "MLflow        http://127.0.0.1:2 does not answer" in out
 
 
 def test_doctor_counts_what_is_kept_for_an_mlflow_that_was_away(

@@ -9,6 +9,7 @@ from typing import Any
 
 import boto3
 import pytest
+from servers_s3 import every_s3_uri
 from store_kit import artifact, contents
 
 from cdpo_core.artifacts import folder_files
@@ -16,6 +17,8 @@ from cdpo_core.errors import StoreUnavailable
 from tasks import s3_connection, s3_store
 from tasks.s3_store import S3Store
 from tasks.storage import open_store, open_to_read
+
+__all__ = ["every_s3_uri"]
 
 
 def test_large_objects_travel_in_parts(s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

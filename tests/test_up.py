@@ -2,83 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import yaml
+from up_kit import ROOT, Up, up_running
 
 from deployments.definitions import DEFINITIONS
 from flows.pools import POOL, SWEEP_POOL
-from flows.processes import _marked, end_marked, taken
+from flows.processes import _marked, taken
 
-ROOT = Path(__file__).parent.parent
 TINY = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
-SERVERS = ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI")
 
 pytestmark = pytest.mark.slow
 
 
-@dataclass
-class Up:
-    """A running `cdpo up`."""
-
-    process: subprocess.Popen[bytes]
-    home: Path
-    environment: dict[str, str]
-    state: dict[str, str]
-
-    def api(self, method: str, path: str, body: Any = None) -> Any:
-        """One request to Prefect's API; (status, text) when it is refused."""
-        request = urllib.request.Request(
-            self.state["PREFECT_API_URL"] + path,
-            data=None if body is None else json.dumps(body).encode(),
-            method=method,
-            headers={"Content-Type": "application/json"},
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                text = answer.read()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-        return json.loads(text) if text else None
-
-    def python(self, *arguments: str) -> None:
-        """Run Python against these servers."""
-        environment = {**self.environment, **{name: self.state[name] for name in ("PREFECT_API_URL",)}}
-        subprocess.run([sys.executable, *arguments], env=environment, cwd=ROOT, check=True, capture_output=True)
-
-
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    home = tmp_path_factory.mktemp("up")
-    environment = {key: value for key, value in os.environ.items() if key not in SERVERS}
-    environment |= {"CDPO_HOME": str(home), "PREFECT_HOME": str(home / "prefect")}
-    command = [sys.executable, "-m", "flows.cli", "up", "--prefect-port", "0", "--mlflow-port", "0"]
-    with (home / "out").open("wb") as out:
-        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
-    state: dict[str, str] = {}
-    try:
-        _until(lambda: process.poll() is not None or "Ctrl-C ends" in (home / "out").read_text(), 240)
-        assert process.poll() is None, (home / "out").read_text()
-        state = json.loads((home / "up.json").read_text())
-        yield Up(process, home, environment, state)
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-        if state:
-            end_marked(state["marker"])
+    with up_running(tmp_path_factory.mktemp("up")) as up:
+        yield up
 
 
 def test_all_is_there_when_the_addresses_are_printed(running: Up) -> None:
@@ -167,29 +113,22 @@ def test_an_invalid_parameter_is_refused_and_named(running: Up) -> None:
 def test_a_run_of_a_deployment_with_nested_parameters_changed(running: Up) -> None:
     deployment = running.api("GET", "/deployments/name/experiment/experiment-testbed")
     changed = {key: value for key, value in TINY.items() if key not in ("name", "constraints")}
-    run = running.api("POST", f"/deployments/{deployment['id']}/create_flow_run", {"parameters": changed})
+    run = running.start("experiment/experiment-testbed", changed)
     assert run["parameters"] == {**deployment["parameters"], **changed}
-
-    def state() -> Any:
-        return running.api("GET", f"/flow_runs/{run['id']}")["state"]
-
-    _until(lambda: state()["type"] in ("COMPLETED", "FAILED", "CRASHED"), 240)
-    assert state()["type"] == "COMPLETED", (running.home / "logs" / "worker-cdpo.log").read_text()[-3000:]
+    assert running.ended(run["id"]) == "COMPLETED", running.logs()
     artifacts = running.api("POST", "/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}})
     link = next(item for item in artifacts if item["key"].startswith("mlflow-"))
-    assert running.state["MLFLOW_TRACKING_URI"] in link["data"]
-    tracked = _mlflow_runs(running.state["MLFLOW_TRACKING_URI"])
-    tags = {tag["key"]: tag["value"] for tag in tracked[0]["data"]["tags"]}
+    assert running.mlflow in link["data"]
+    (tracked,) = running.mlflow_runs()
+    tags = {tag["key"]: tag["value"] for tag in tracked["data"]["tags"]}
     assert run["id"] in tags["prefect.flow_run"]
-    assert tracked[0]["info"]["run_id"] in link["data"]
+    assert tracked["info"]["run_id"] in link["data"]
 
 
 def test_ctrl_c_ends_every_process_it_started(running: Up) -> None:
     started = _marked(running.state["marker"])
     assert len(started) >= 3
-    ports = [
-        int(running.state[name].split(":")[2].split("/")[0]) for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI")
-    ]
+    ports = [int(address.split(":")[2].split("/")[0]) for address in (running.prefect, running.mlflow)]
     running.process.send_signal(signal.SIGINT)
     assert running.process.wait(timeout=60) == 0
     assert _marked(running.state["marker"]) == []
@@ -197,22 +136,3 @@ def test_ctrl_c_ends_every_process_it_started(running: Up) -> None:
     assert not any(map(taken, ports))
     assert not (running.home / "up.json").exists()
     assert (running.home / "out").read_text().endswith("all ended\n")
-
-
-def _mlflow_runs(address: str) -> list[Any]:
-    def ask(path: str, body: dict[str, Any]) -> Any:
-        url, headers = f"{address}/api/2.0/mlflow/{path}", {"Content-Type": "application/json"}
-        request = urllib.request.Request(url, data=json.dumps(body).encode(), headers=headers)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.loads(answer.read())
-
-    experiments = [item["experiment_id"] for item in ask("experiments/search", {"max_results": 100})["experiments"]]
-    runs: list[Any] = ask("runs/search", {"experiment_ids": experiments})["runs"]
-    return runs
-
-
-def _until(is_so: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.3)
