@@ -68,7 +68,7 @@ def make_pools(client: SyncPrefectClient, options: PoolOptions) -> None:
 def base_template(kind: str) -> dict[str, Any]:
     """The base job template of a new pool of this type; a container's environment says where the stack is.
 
-    Every run has the settings that all need (the heartbeats of the automations, patience), whoever started its worker and how.
+    Every run has the settings that all need (heartbeats, patience), whoever started its worker and how.
     """
     template: dict[str, Any]
     if kind == PROCESS:
