@@ -29,6 +29,7 @@ from prefect.utilities.urls import url_for
 from tasks.attempts import end_dead_runs, end_former_attempt, this_process
 from tasks.environment import TEMPORARY_PREFECT
 from tasks.orphan import outlive_the_worker
+from tasks.prefect_patience import wait_for_server
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
@@ -123,6 +124,7 @@ def show_markdown(key: str, markdown: str, description: str = "") -> None:
         markdown: may hold Mermaid charts.
         description: one line.
     """
+    wait_for_server()
     create_markdown_artifact(markdown, key=_slug(key), description=description)
 
 
