@@ -104,12 +104,12 @@ def _crash(
 
 
 def _below(client: SyncPrefectClient, runs: Sequence[FlowRun]) -> list[FlowRun]:
-    """The runs nested in these, at any depth."""
+    """The runs nested in these, at any depth; those of deployments have processes of their own, which live on."""
     parents: list[UUID] = [run.id for run in runs]
     found: list[FlowRun] = []
     while parents:
         below = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=parents))
-        children = client.read_flow_runs(flow_run_filter=below)
+        children = [run for run in client.read_flow_runs(flow_run_filter=below) if run.deployment_id is None]
         found.extend(children)
         parents = [run.id for run in children]
     return found

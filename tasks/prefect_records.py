@@ -72,13 +72,24 @@ def announce_run(identity: str) -> None:
     run = _this_run()
     assert run is not None
     outlive_the_worker(run)
-    tag = f"experiment:{identity}"
+    tag = experiment_tag(identity)
     with get_client(sync_client=True) as client:
         former = client.read_flow_run(run.id)
         client.update_flow_run(run.id, tags=sorted({*run.tags, tag}))
         client.update_flow_run_labels(run.id, this_process())
         end_former_attempt(client, former)
         end_dead_runs(client, tag, run)
+
+
+def experiment_tag(identity: str) -> str:
+    """The tag of every flow run that works on this experiment or sweep."""
+    return f"experiment:{identity}"
+
+
+def flow_run_id() -> str:
+    """The id of the running flow's run; "" outside a flow run."""
+    run = _this_run()
+    return "" if run is None else str(run.id)
 
 
 def flow_run_url() -> str:
@@ -94,6 +105,13 @@ def link_to_mlflow(url: str, identity: str) -> None:
     """A link artifact from the flow run to its MLflow run; nothing when there is no page (`url` is "")."""
     if url:
         create_link_artifact(url, "MLflow run", key=f"mlflow-{_slug(identity)}", description="The run in MLflow")
+
+
+@_recorded
+def link_to_report(url: str, identity: str) -> None:
+    """A link artifact to the report for people; nothing when no server shows it (`url` is "")."""
+    if url:
+        create_link_artifact(url, "Report", key=f"report-{_slug(identity)}", description="The report, in plain words")
 
 
 @_recorded

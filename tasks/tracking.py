@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 import yaml
 
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IDENTITY_TAG = "cdpo.identity"
+# MLflow 3's UI opens for GenAI traces unless an address says otherwise.
+TRAINING_UI = "workflowType=machine_learning"
 AGAIN = "run the same command again: it continues and sends the rest"
 GLANCE_EVERY_SECONDS = 5.0
 END_SECONDS = 45.0
@@ -49,6 +51,7 @@ END_SECONDS = 45.0
 
 P = ParamSpec("P")
 T = TypeVar("T")
+S = TypeVar("S", bound="Tracker")
 
 
 def experiment_key(config: ExperimentConfig, inputs: Mapping[str, str] | None = None) -> str:
@@ -69,12 +72,12 @@ def experiment_key(config: ExperimentConfig, inputs: Mapping[str, str] | None = 
     return _digest(values)
 
 
-def _tracked(default: T) -> Callable[[Callable[Concatenate[Tracker, P], T]], Callable[Concatenate[Tracker, P], T]]:
+def _tracked(default: T) -> Callable[[Callable[Concatenate[S, P], T]], Callable[Concatenate[S, P], T]]:
     """A method that does nothing and returns `default` when tracking is off."""
 
-    def decorate(method: Callable[Concatenate[Tracker, P], T]) -> Callable[Concatenate[Tracker, P], T]:
+    def decorate(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
         @wraps(method)
-        def call(self: Tracker, *args: P.args, **kwargs: P.kwargs) -> T:
+        def call(self: S, *args: P.args, **kwargs: P.kwargs) -> T:
             return method(self, *args, **kwargs) if self.enabled else default
 
         return call
@@ -98,7 +101,7 @@ class Tracker:
         self._glanced = -GLANCE_EVERY_SECONDS
 
     @classmethod
-    def open(cls, tracking: TrackingConfig, store: Store, home: Path) -> Tracker:
+    def open(cls, tracking: TrackingConfig, store: Store, home: Path) -> Self:
         """Connect to MLflow, find or make the experiment, and send what was kept for it while it was away.
 
         Args:
@@ -193,6 +196,11 @@ class Tracker:
         self._submit(run_id, "file", path=artifact_path, content=file)
 
     @_tracked(None)
+    def log_text(self, run_id: str, text: str, artifact_path: str) -> None:
+        """Send a text to `artifact_path`."""
+        self._submit(run_id, "file", path=artifact_path, content=text.encode())
+
+    @_tracked(None)
     def log_record(self, run_id: str, record: Mapping[str, Any], artifact_path: str) -> None:
         """Send a JSON record to `artifact_path`."""
         text = json.dumps(record, indent=2, ensure_ascii=False)
@@ -206,7 +214,13 @@ class Tracker:
 
     @_tracked("")
     def register_policy(
-        self, run_id: str, name: str, policy: ArtifactRef, certificate: Mapping[str, Any], tags: Mapping[str, str]
+        self,
+        run_id: str,
+        name: str,
+        policy: ArtifactRef,
+        certificate: Mapping[str, Any],
+        tags: Mapping[str, str],
+        description: str = "",
     ) -> str:
         """Register a policy as a model version that points at the artifact store, once for each run and policy.
 
@@ -216,11 +230,12 @@ class Tracker:
             policy: the chosen policy's reference; nothing is copied into MLflow.
             certificate: the certificate's record, which becomes tags `certificate.<field>`.
             tags: further tags (limit, lambda).
+            description: of the version (markdown).
 
         Returns:
             The version; "" when MLflow is away and will be told later.
         """
-        policy_is = {"uri": policy.uri, "digest": policy.digest}
+        policy_is = {"uri": policy.uri, "digest": policy.digest, "description": description}
         version = self._submit(run_id, "policy", name=name, **policy_is, certificate=dict(certificate), tags=dict(tags))
         return str(version or "")
 
@@ -258,11 +273,15 @@ class Tracker:
             time.sleep(1)
         return left
 
-    def run_url(self, run_id: str) -> str:
-        """The run's page on the MLflow server; "" without a server."""
+    def run_url(self, run_id: str, part: str = "") -> str:
+        """The run's page on the MLflow server, or a part of it (see `run_page`); "" without a server."""
         if not (self.enabled and run_id and is_http(self._uri)):
             return ""
-        return f"{self.uri.rstrip('/')}/#/experiments/{self._experiment_id}/runs/{run_id}"
+        return f"{self.uri.rstrip('/')}/{self.run_page(run_id, part)}"
+
+    def run_page(self, run_id: str, part: str = "") -> str:
+        """The run's page within MLflow's UI, for links from its own texts; `part` as `/artifacts/report.html`."""
+        return f"#/experiments/{self._experiment_id}/runs/{run_id}{part}?{TRAINING_UI}"
 
     def _asked(self, call: Callable[[], T]) -> T:
         """What MLflow answers; its errors are the user's."""

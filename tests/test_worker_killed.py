@@ -16,7 +16,7 @@ from uuid import UUID
 
 import psutil
 import pytest
-from chain_kit import SECONDS, digests, mlflow_runs, numbers, trajectory
+from chain_kit import SECONDS, config, digests, mlflow_runs, numbers, trajectory
 from prefect.client.schemas.objects import FlowRun
 from worker_kit import Team, kill_group, process_of, state_folder, until
 
@@ -163,7 +163,9 @@ def test_a_killed_run_leaves_nothing_running_nothing_computed_twice_and_no_doubl
 
 def _kill(team: Team, trial: Trial, home: Path, seconds: float) -> Killed:
     worker = None if trial.queue == CALM else team.worker(trial.queue)
-    run_id = team.start(home, trial.queue)
+    # An experiment of its own, with the same stages: the runs of one would end each other's dead.
+    evaluation = {**config().evaluation.model_dump(), "samples_shown": 1 + trial.number}
+    run_id = team.start(home, trial.queue, evaluation=evaluation)
     process, began = _running(team, run_id)
     deadline = time.monotonic() + SECONDS
     while (spent := _spent(process)) is not None and spent < began + seconds:

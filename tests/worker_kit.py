@@ -28,16 +28,14 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, StateType, TaskRun
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Cancelling, Scheduled
+from prefect.states import Cancelling, Crashed, Scheduled
 
-from deployments.automations import make_automations
 from deployments.bootstrap import bootstrap
 from flows.pools import POOL
 from flows.processes import MARKER, Child, end_marked, free_port, http_json
-from tasks.environment import HEARTBEAT_SECONDS
+from tasks.environment import HEARTBEAT
 
 UNFINISHED = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
-HEARTBEAT = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)}
 DEPLOYMENT = "experiment/experiment"
 
 
@@ -64,7 +62,6 @@ class Team:
         self.client = SyncPrefectClient(self.api)
         with temporary_settings({PREFECT_API_URL: self.api}):
             bootstrap()
-        make_automations(self.client)
 
     def close(self) -> None:
         """End whatever was started."""
@@ -105,6 +102,10 @@ class Team:
     def cancel(self, run_id: UUID) -> None:
         """What the UI's Cancel button does."""
         self.client.set_flow_run_state(run_id, Cancelling())
+
+    def crash(self, run_id: UUID) -> None:
+        """What the automation does to a run that fell silent."""
+        self.client.set_flow_run_state(run_id, Crashed())
 
     def run(self, run_id: UUID) -> FlowRun:
         """The run as the server knows it."""
