@@ -126,6 +126,10 @@ def gc(
             metavar="NAME",
         ),
     ] = None,
+    drop_idle: Annotated[
+        str,
+        Parameter(help="Release runs whose own artifacts nobody used for so long.", metavar="AGE", show_default=False),
+    ] = "",
     with_policies: Annotated[
         bool,
         Parameter(
@@ -150,20 +154,22 @@ def gc(
     MLflow is asked which policies are registered; --tracking.enabled false says that none of them is needed.
     """
     from cdpo_core.upkeep.catalogue import read_catalogue
-    from cdpo_core.upkeep.collection import Wishes, collect, plan_collection
+    from cdpo_core.upkeep.collection import Wishes, collect, idle_runs, plan_collection
     from flows.store_report import print_plan
     from tasks.shelves import open_shelves
 
     _check(json)
-    age = _age(older_than, idle=idle)
+    age = _age(older_than, "--older-than", idle=idle)
     shelves = open_shelves(store)
     with showing_progress() as progress:
         catalogue = read_catalogue(shelves, progress)
         released = _released(catalogue, drop_run or [])
+        if drop_idle:
+            released += idle_runs(catalogue, _age(drop_idle, "--drop-idle", idle=idle))
         versions = _versions(catalogue, overrides)
         registered = frozenset(version.digest for version in versions)
         wishes = Wishes(age, released, with_policies, registered, cdpo_home())
-        plan = plan_collection(shelves, wishes, progress)
+        plan = plan_collection(shelves, catalogue, wishes)
         if yes:
             plan = collect(shelves, plan, progress)
     print_plan(plan, _stdout(), done=yes)
@@ -228,15 +234,15 @@ def _versions(catalogue: Catalogue, overrides: Mapping[str, str] | None) -> list
     return registered_policies(tracking, cdpo_home(), [run.tracking for run in catalogue.runs if run.tracking])
 
 
-def _age(text: str, *, idle: bool) -> float:
+def _age(text: str, option: str, *, idle: bool) -> float:
     match = _SPAN.fullmatch(text.strip())
     if match is None:
-        raise InputError("this is no age", where=f"--older-than {text}", fix="write a number and w, d, h, m or s: 30d")
+        raise InputError("this is no age", where=f"{option} {text}", fix="write a number and w, d, h, m or s: 30d")
     seconds = float(match[1]) * _SECONDS[match[2]]
     if seconds < LEAST_AGE and not idle:
         raise InputError(
             "what is younger than a day may belong to a run that is not finished",
-            where=f"--older-than {text}",
+            where=f"{option} {text}",
             fix="give at least 1d; or add --idle if no run works on this store",
         )
     return seconds

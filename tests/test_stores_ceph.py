@@ -17,6 +17,7 @@ from store_kit import artifact, contents
 import cdpo_core
 from cdpo_core.artifacts import Manifest, folder_files
 from cdpo_core.errors import StoreUnavailable
+from cdpo_core.upkeep.catalogue import read_catalogue
 from cdpo_core.upkeep.collection import Wishes, collect, plan_collection
 from cdpo_core.upkeep.verification import verify_store
 from tasks import s3_store
@@ -180,7 +181,7 @@ def test_a_publish_whose_server_stays_away_fails_in_words_and_the_next_one_compl
     shelves = open_shelves(ceph_uri)
     assert [item for item in shelves.leftovers() if item.size], "the parts take space until somebody cleans up"
     open_store(ceph_uri).publish(folder, manifest)
-    collect(shelves, plan_collection(shelves, Wishes(-3600.0)))
+    collect(shelves, plan_collection(shelves, read_catalogue(shelves), Wishes(-3600.0)))
     assert shelves.leftovers() == []
     assert shelves.items("objects/") == [], "no run used it"
     open_store(ceph_uri).publish(folder, manifest)
