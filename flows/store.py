@@ -71,11 +71,9 @@ def ls(
     from cdpo_core.upkeep.catalogue import read_catalogue
     from cdpo_core.upkeep.inventory import artifact_details, find_artifact
     from flows.store_report import print_artifact
-    from tasks.shelves import open_shelves
 
-    _check(json)
     address, found, _ = ref.removeprefix("cdpo://").rpartition("/stages/")
-    shelves = open_shelves(address if found else store)
+    shelves = _begin(address if found else store, json)
     with showing_progress() as progress:
         catalogue = read_catalogue(shelves, progress)
     if ref:
@@ -100,10 +98,8 @@ def verify(
     """Read every manifest, object and record in full; exit code 1 if anything is corrupt."""
     from cdpo_core.upkeep.verification import verify_store
     from flows.store_report import print_verification
-    from tasks.shelves import open_shelves
 
-    _check(json)
-    shelves = open_shelves(store)
+    shelves = _begin(store, json)
     with showing_progress() as progress:
         found = verify_store(shelves, repair=repair, progress=progress)
     print_verification(found, _stdout())
@@ -156,11 +152,9 @@ def gc(
     from cdpo_core.upkeep.catalogue import read_catalogue
     from cdpo_core.upkeep.collection import Wishes, collect, idle_runs, plan_collection
     from flows.store_report import print_plan
-    from tasks.shelves import open_shelves
 
-    _check(json)
     age = _age(older_than, "--older-than", idle=idle)
-    shelves = open_shelves(store)
+    shelves = _begin(store, json)
     with showing_progress() as progress:
         catalogue = read_catalogue(shelves, progress)
         released = _released(catalogue, drop_run or [])
@@ -260,9 +254,15 @@ def _plan_record(plan: Plan, *, done: bool) -> dict[str, Any]:
     }
 
 
-def _check(json: Path | None) -> None:
+def _begin(uri: str, json: Path | None) -> Shelves:
+    """The store to work on: that of a running `cdpo up`, whose MLflow is asked too, unless another is named."""
+    from flows.up import join_running
+    from tasks.shelves import open_shelves
+
     if json is not None:
         check_writable(json, "--json")
+    join_running()
+    return open_shelves(uri)
 
 
 def _written(record: Mapping[str, Any], json: Path | None) -> int:
