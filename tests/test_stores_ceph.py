@@ -24,6 +24,8 @@ from tasks import s3_store
 from tasks.shelves import open_shelves
 from tasks.storage import open_store
 
+pytestmark = pytest.mark.slow
+
 PUBLISHER = """
 import sys, time
 from pathlib import Path
@@ -123,7 +125,6 @@ def _when_parts_are_there(uri: str, publishing: Future[Manifest]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.slow
 @pytest.mark.faults
 def test_what_was_published_outlives_a_kill_of_the_server(
     always_up: Ceph, ceph_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -144,7 +145,6 @@ def test_what_was_published_outlives_a_kill_of_the_server(
     assert (found.artifacts, found.objects, found.faults) == (1, 2, [])
 
 
-@pytest.mark.slow
 @pytest.mark.faults
 def test_a_publish_goes_on_when_the_server_comes_back_in_mid_upload(
     always_up: Ceph, ceph_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow_upload: None
@@ -161,7 +161,6 @@ def test_a_publish_goes_on_when_the_server_comes_back_in_mid_upload(
     _is_whole(ceph_uri, manifest, tmp_path, monkeypatch)
 
 
-@pytest.mark.slow
 @pytest.mark.faults
 def test_a_publish_whose_server_stays_away_fails_in_words_and_the_next_one_completes(
     always_up: Ceph, ceph_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow_upload: None
