@@ -71,11 +71,9 @@ def ls(
     from cdpo_core.upkeep.catalogue import read_catalogue
     from cdpo_core.upkeep.inventory import artifact_details, find_artifact
     from flows.store_report import print_artifact
-    from tasks.shelves import open_shelves
 
-    _check(json)
     address, found, _ = ref.removeprefix("cdpo://").rpartition("/stages/")
-    shelves = open_shelves(address if found else store)
+    shelves = _begin(address if found else store, json)
     with showing_progress() as progress:
         catalogue = read_catalogue(shelves, progress)
     if ref:
@@ -100,10 +98,8 @@ def verify(
     """Read every manifest, object and record in full; exit code 1 if anything is corrupt."""
     from cdpo_core.upkeep.verification import verify_store
     from flows.store_report import print_verification
-    from tasks.shelves import open_shelves
 
-    _check(json)
-    shelves = open_shelves(store)
+    shelves = _begin(store, json)
     with showing_progress() as progress:
         found = verify_store(shelves, repair=repair, progress=progress)
     print_verification(found, _stdout())
@@ -126,6 +122,10 @@ def gc(
             metavar="NAME",
         ),
     ] = None,
+    drop_idle: Annotated[
+        str,
+        Parameter(help="Release runs whose own artifacts nobody used for so long.", metavar="AGE", show_default=False),
+    ] = "",
     with_policies: Annotated[
         bool,
         Parameter(
@@ -150,20 +150,20 @@ def gc(
     MLflow is asked which policies are registered; --tracking.enabled false says that none of them is needed.
     """
     from cdpo_core.upkeep.catalogue import read_catalogue
-    from cdpo_core.upkeep.collection import Wishes, collect, plan_collection
+    from cdpo_core.upkeep.collection import Wishes, collect, idle_runs, plan_collection
     from flows.store_report import print_plan
-    from tasks.shelves import open_shelves
 
-    _check(json)
-    age = _age(older_than, idle=idle)
-    shelves = open_shelves(store)
+    age = _age(older_than, "--older-than", idle=idle)
+    shelves = _begin(store, json)
     with showing_progress() as progress:
         catalogue = read_catalogue(shelves, progress)
         released = _released(catalogue, drop_run or [])
+        if drop_idle:
+            released += idle_runs(catalogue, _age(drop_idle, "--drop-idle", idle=idle))
         versions = _versions(catalogue, overrides)
         registered = frozenset(version.digest for version in versions)
         wishes = Wishes(age, released, with_policies, registered, cdpo_home())
-        plan = plan_collection(shelves, wishes, progress)
+        plan = plan_collection(shelves, catalogue, wishes)
         if yes:
             plan = collect(shelves, plan, progress)
     print_plan(plan, _stdout(), done=yes)
@@ -228,15 +228,15 @@ def _versions(catalogue: Catalogue, overrides: Mapping[str, str] | None) -> list
     return registered_policies(tracking, cdpo_home(), [run.tracking for run in catalogue.runs if run.tracking])
 
 
-def _age(text: str, *, idle: bool) -> float:
+def _age(text: str, option: str, *, idle: bool) -> float:
     match = _SPAN.fullmatch(text.strip())
     if match is None:
-        raise InputError("this is no age", where=f"--older-than {text}", fix="write a number and w, d, h, m or s: 30d")
+        raise InputError("this is no age", where=f"{option} {text}", fix="write a number and w, d, h, m or s: 30d")
     seconds = float(match[1]) * _SECONDS[match[2]]
     if seconds < LEAST_AGE and not idle:
         raise InputError(
             "what is younger than a day may belong to a run that is not finished",
-            where=f"--older-than {text}",
+            where=f"{option} {text}",
             fix="give at least 1d; or add --idle if no run works on this store",
         )
     return seconds
@@ -254,9 +254,15 @@ def _plan_record(plan: Plan, *, done: bool) -> dict[str, Any]:
     }
 
 
-def _check(json: Path | None) -> None:
+def _begin(uri: str, json: Path | None) -> Shelves:
+    """The store to work on: that of a running `cdpo up`, whose MLflow is asked too, unless another is named."""
+    from flows.up import join_running
+    from tasks.shelves import open_shelves
+
     if json is not None:
         check_writable(json, "--json")
+    join_running()
+    return open_shelves(uri)
 
 
 def _written(record: Mapping[str, Any], json: Path | None) -> int:

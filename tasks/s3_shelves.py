@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,7 +14,7 @@ from botocore.exceptions import ClientError
 from cdpo_core.artifacts import BLOCK
 from cdpo_core.upkeep.shelves import Item, each
 from tasks.s3_connection import S3Client, error_code
-from tasks.s3_store import S3Store
+from tasks.s3_store import S3Store, answered_at
 
 _UPLOAD = " (upload "
 _NO_UPLOAD = {"404", "NoSuchUpload", "NoSuchKey"}
@@ -33,7 +32,7 @@ class S3Shelves(S3Store):
     def now(self) -> float:
         """The time by the server's clock."""
         answer = self._call(lambda s3: s3.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1))
-        return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
+        return answered_at(answer).timestamp()
 
     def items(self, start: str) -> list[Item]:
         """The bucket's objects below a name, sorted by name."""

@@ -213,8 +213,7 @@ class S3Store:
         """Make an object young again if it is older than REFRESH_SECONDS; False when it is not there."""
         if head is None:
             return False
-        now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
-        if (now - head["LastModified"]).total_seconds() < REFRESH_SECONDS:
+        if (answered_at(head) - head["LastModified"]).total_seconds() < REFRESH_SECONDS:
             return True
         place = self._address(name)
         anew = {"MetadataDirective": "REPLACE"}  # or S3 refuses to copy an object onto itself
@@ -319,6 +318,12 @@ def _manifest(manifest: Manifest) -> str:
 
 def _record(name: str) -> str:
     return f"records/{checked_name(name)}.json"
+
+
+def answered_at(answer: dict[str, Any]) -> datetime:
+    """When the server answered, by its own clock if it says."""
+    said = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+    return parsedate_to_datetime(said) if said else datetime.now(UTC)
 
 
 def put_if_absent(client: S3Client, address: dict[str, str], body: bytes) -> bool:

@@ -134,7 +134,10 @@ class Ceph:
 
     def _start_gateway(self) -> None:
         endpoint = self.server.endpoint.removeprefix("http://")
-        self._start("radosgw", "-n", "client.rgw", "--no-mon-config", f"--rgw-frontends=beast endpoint={endpoint}")
+        # The gateway sets its own defaults of these two, over the file's.
+        plain = ["--auth_client_required=none", "--ms_mon_client_mode=crc secure"]
+        front = f"--rgw-frontends=beast endpoint={endpoint}"
+        self._start("radosgw", "-n", "client.rgw", "--no-mon-config", front, *plain)
         self._wait("the gateway", self._gateway_answers)
 
     def _gateway_answers(self) -> bool:

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import pytest
 
+CEPH = pytest.param("ceph", marks=pytest.mark.slow)
+
 
 class S3Server(NamedTuple):
     """Where an S3 server is, and who may use it."""
@@ -92,7 +94,7 @@ def s3_uri(moto_uri: str) -> str:
     return moto_uri
 
 
-@pytest.fixture(name="s3_uri", params=["moto", "ceph"])
+@pytest.fixture(name="s3_uri", params=["moto", CEPH])
 def every_s3_uri(request: pytest.FixtureRequest) -> str:
     """A store in a fresh bucket on each server, for the modules that import this: it replaces `s3_uri` there."""
     return str(request.getfixturevalue(f"{request.param}_uri"))

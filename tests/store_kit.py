@@ -9,6 +9,7 @@ from pathlib import Path
 
 import boto3
 import pytest
+from servers_s3 import CEPH
 
 from cdpo_core.artifacts import Manifest, Store, files_digest, folder_files
 from cdpo_core.local_store import LocalStore
@@ -53,7 +54,7 @@ class Backend:
     left_behind: Callable[[], None]
 
 
-@pytest.fixture(params=["folder", "moto", "ceph"])
+@pytest.fixture(params=["folder", "moto", CEPH])
 def backend(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Backend:
     monkeypatch.setenv("CDPO_HOME", str(tmp_path / "home"))
     if request.param != "folder":

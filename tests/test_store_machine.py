@@ -93,15 +93,15 @@ def test_scratch_goes_when_its_stage_is_finished_or_abandoned_and_nobody_holds_i
     ("text", "seconds"), [("30d", 2592000), ("1d", 86400), ("36 h", 129600), ("2w", 1209600), ("1.5d", 129600)]
 )
 def test_ages(text: str, seconds: float) -> None:
-    assert _age(text, idle=False) == seconds
+    assert _age(text, "--older-than", idle=False) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "30", "d", "-1d", "30 years", "23h", "0d"])
 def test_an_age_that_is_none_or_less_than_a_day_is_refused(text: str) -> None:
     with pytest.raises(InputError) as caught:
-        _age(text, idle=False)
+        _age(text, "--older-than", idle=False)
     assert caught.value.fix
-    assert _age("0d", idle=True) == 0
+    assert _age("0d", "--older-than", idle=True) == 0
 
 
 def test_references_are_found_wherever_a_record_holds_them() -> None:

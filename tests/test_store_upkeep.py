@@ -18,7 +18,7 @@ from cdpo_core.artifacts import ArtifactRef, Manifest
 from cdpo_core.errors import CorruptArtifact
 from cdpo_core.stages import reference_to
 from cdpo_core.upkeep.catalogue import read_catalogue
-from cdpo_core.upkeep.collection import Plan, Wishes, collect, find_runs, plan_collection
+from cdpo_core.upkeep.collection import Plan, Wishes, collect, find_runs, idle_runs, plan_collection
 from cdpo_core.upkeep.shelves import Shelves
 from cdpo_core.upkeep.verification import verify_store
 from tasks import s3_store
@@ -73,8 +73,12 @@ def gone(plan: Plan) -> set[str]:
     return {artifact.manifest.key for artifact in plan.artifacts}
 
 
+def planned(shelves: Shelves, wishes: Wishes) -> Plan:
+    return plan_collection(shelves, read_catalogue(shelves), wishes)
+
+
 def clean(shelves: Shelves, wishes: Wishes) -> Plan:
-    plan = collect(shelves, plan_collection(shelves, wishes))
+    plan = collect(shelves, planned(shelves, wishes))
     found = verify_store(shelves)
     assert (found.faults, found.inputs_gone) == ([], [])
     return plan
@@ -152,6 +156,20 @@ def test_a_run_recorded_without_its_artifacts_keeps_all_that_was_computed_from_i
     assert gone(clean(shelves, Wishes(ANY))) == {manifest.key for manifest in two.values()}
 
 
+def test_runs_that_nobody_touches_any_more_can_be_released_together(
+    backend: Backend, shelves: Shelves, tmp_path: Path
+) -> None:
+    one, two = chain(backend, tmp_path, "one"), chain(backend, tmp_path, "two")
+    enter(backend, "1111", one.values())
+    enter(backend, "2222", two.values())
+    enter(backend, "3333", [two["data"], two["policy"], two["responses"]])
+    catalogue = read_catalogue(shelves)
+    assert idle_runs(catalogue, 86400) == ()
+    assert {run.key for run in idle_runs(catalogue, ANY)} == {"1111", "2222"}, "3333 has nothing of its own"
+    plan = clean(shelves, Wishes(ANY, idle_runs(catalogue, ANY)))
+    assert gone(plan) == {*(item.key for item in one.values()), "two-scores"}
+
+
 def test_any_record_keeps_what_it_refers_to_but_old_outcomes_go(
     backend: Backend, shelves: Shelves, tmp_path: Path
 ) -> None:
@@ -168,7 +186,7 @@ def test_a_cleaning_that_is_killed_leaves_no_manifest_without_its_objects(
     backend: Backend, shelves: Shelves, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chain(backend, tmp_path, "one")
-    plan = plan_collection(shelves, Wishes(ANY))
+    plan = planned(shelves, Wishes(ANY))
     remove, left = shelves.remove, [0]
 
     def dying(name: str) -> None:
@@ -195,7 +213,7 @@ def test_what_is_used_again_between_the_plan_and_the_deletion_stays(
     for module in (local_store, s3_store):
         monkeypatch.setattr(module, "REFRESH_SECONDS", -1e9)
     one = chain(backend, tmp_path, "one")
-    plan = _looking_old(shelves, plan_collection(shelves, Wishes(ANY)))
+    plan = _looking_old(shelves, planned(shelves, Wishes(ANY)))
     backend.store.check(one["policy"])
     collected = collect(shelves, plan)
     assert gone(collected) == {"one-data", "one-responses", "one-scores"}
@@ -208,7 +226,7 @@ def test_an_object_that_a_publisher_finds_is_not_taken_from_under_it(
     for module in (local_store, s3_store):
         monkeypatch.setattr(module, "REFRESH_SECONDS", -1e9)
     one = chain(backend, tmp_path, "one")
-    plan = _looking_old(shelves, plan_collection(shelves, Wishes(ANY)))
+    plan = _looking_old(shelves, planned(shelves, Wishes(ANY)))
     for manifest in reversed(one.values()):
         shelves.remove(f"stages/{manifest.stage}/{manifest.key}.json")
     write, seen = backend.store._write_new, []  # type: ignore[attr-defined]
@@ -273,7 +291,7 @@ def test_what_is_corrupt_is_found_and_set_aside(
     assert verify_store(shelves).faults == found.faults, "looking changes nothing"
     if "manifest" in damage:
         with pytest.raises(CorruptArtifact, match="cannot be read") as caught:
-            plan_collection(shelves, Wishes(ANY))
+            planned(shelves, Wishes(ANY))
         assert "verify --repair" in caught.value.fix
     assert verify_store(shelves, repair=True).repaired
     after = verify_store(shelves)
@@ -302,7 +320,7 @@ def test_a_record_that_cannot_be_read_is_found_and_a_spent_test_stays_spent(back
     for name in ("ledger/split/one", "results/1111-x"):
         backend.overwrite(f"records/{name}.json", b"{")
     with pytest.raises(CorruptArtifact):
-        plan_collection(shelves, Wishes(ANY))
+        planned(shelves, Wishes(ANY))
     faults = verify_store(shelves, repair=True).faults
     assert [fault.name for fault in faults] == ["records/ledger/split/one.json", "records/results/1111-x.json"]
     assert verify_store(shelves).faults == []

@@ -17,11 +17,14 @@ from store_kit import artifact, contents
 import cdpo_core
 from cdpo_core.artifacts import Manifest, folder_files
 from cdpo_core.errors import StoreUnavailable
+from cdpo_core.upkeep.catalogue import read_catalogue
 from cdpo_core.upkeep.collection import Wishes, collect, plan_collection
 from cdpo_core.upkeep.verification import verify_store
 from tasks import s3_store
 from tasks.shelves import open_shelves
 from tasks.storage import open_store
+
+pytestmark = pytest.mark.slow
 
 PUBLISHER = """
 import sys, time
@@ -122,7 +125,6 @@ def _when_parts_are_there(uri: str, publishing: Future[Manifest]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.slow
 @pytest.mark.faults
 def test_what_was_published_outlives_a_kill_of_the_server(
     always_up: Ceph, ceph_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -143,7 +145,6 @@ def test_what_was_published_outlives_a_kill_of_the_server(
     assert (found.artifacts, found.objects, found.faults) == (1, 2, [])
 
 
-@pytest.mark.slow
 @pytest.mark.faults
 def test_a_publish_goes_on_when_the_server_comes_back_in_mid_upload(
     always_up: Ceph, ceph_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow_upload: None
@@ -160,7 +161,6 @@ def test_a_publish_goes_on_when_the_server_comes_back_in_mid_upload(
     _is_whole(ceph_uri, manifest, tmp_path, monkeypatch)
 
 
-@pytest.mark.slow
 @pytest.mark.faults
 def test_a_publish_whose_server_stays_away_fails_in_words_and_the_next_one_completes(
     always_up: Ceph, ceph_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow_upload: None
@@ -180,7 +180,7 @@ def test_a_publish_whose_server_stays_away_fails_in_words_and_the_next_one_compl
     shelves = open_shelves(ceph_uri)
     assert [item for item in shelves.leftovers() if item.size], "the parts take space until somebody cleans up"
     open_store(ceph_uri).publish(folder, manifest)
-    collect(shelves, plan_collection(shelves, Wishes(-3600.0)))
+    collect(shelves, plan_collection(shelves, read_catalogue(shelves), Wishes(-3600.0)))
     assert shelves.leftovers() == []
     assert shelves.items("objects/") == [], "no run used it"
     open_store(ceph_uri).publish(folder, manifest)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from cdpo_core.artifacts import ArtifactRef, Manifest, parse_manifest, parse_record
+from cdpo_core.artifacts import Manifest, parse_manifest, parse_record
 from cdpo_core.errors import CorruptArtifact
 from cdpo_core.stages import Progress, no_progress
 from cdpo_core.upkeep.shelves import OBJECTS, RECORDS, STAGES, Item, Shelves, each
@@ -208,7 +208,7 @@ def read_catalogue(shelves: Shelves, progress: Progress = no_progress) -> Catalo
 def refs_in(value: Any) -> Iterator[str]:
     """Digests of all references to artifacts that a record holds, at any depth."""
     if isinstance(value, Mapping):
-        if value.keys() == ArtifactRef.model_fields.keys():
+        if {"uri", "digest"} <= value.keys():
             yield str(value["digest"])
         for item in value.values():
             yield from refs_in(item)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from cdpo_core.errors import CorruptArtifact
 from cdpo_core.stages import Progress, no_progress
-from cdpo_core.upkeep.catalogue import OUTCOMES, RESULTS, Artifact, Catalogue, Run, read_catalogue
+from cdpo_core.upkeep.catalogue import OUTCOMES, RESULTS, Artifact, Catalogue, Run
 from cdpo_core.upkeep.machine import Copy, remove_copy, unused_copies
 from cdpo_core.upkeep.shelves import ASIDE, OBJECTS, RECORDS, Item, Shelves, each
 
@@ -81,13 +81,17 @@ class Plan:
         return sum(item.size for item in items) + sum(copy.size for copy in self.copies)
 
 
-def plan_collection(shelves: Shelves, wishes: Wishes, progress: Progress = no_progress) -> Plan:
+def plan_collection(shelves: Shelves, catalogue: Catalogue, wishes: Wishes) -> Plan:
     """What can go from a store; nothing is changed.
+
+    Args:
+        shelves: the store.
+        catalogue: what it holds, read just now.
+        wishes: what is asked for.
 
     Raises:
         CorruptArtifact: a manifest or record cannot be read, so who needs what cannot be known.
     """
-    catalogue = read_catalogue(shelves, progress)
     if catalogue.unreadable:
         raise CorruptArtifact(
             f"{len(catalogue.unreadable)} manifests or records cannot be read, so what is in use cannot be known",
@@ -146,6 +150,17 @@ def find_runs(catalogue: Catalogue, words: Iterable[str]) -> tuple[tuple[Run, ..
         if not meant:
             unknown.append(word)
     return tuple(found.values()), unknown
+
+
+def idle_runs(catalogue: Catalogue, seconds: float) -> tuple[Run, ...]:
+    """The runs whose own artifacts, those that no other run uses, were not used for so many seconds."""
+    found = []
+    for run in catalogue.runs:
+        own = [name for name in run.artifacts if len(catalogue.users.get(name, [])) == 1]
+        times = [catalogue.artifacts[name].item.time for name in own]
+        if times and max(times) < catalogue.now - seconds:
+            found.append(run)
+    return tuple(found)
 
 
 def _kept(catalogue: Catalogue, wishes: Wishes, before: float, records_going: Collection[str]) -> dict[str, set[str]]:
