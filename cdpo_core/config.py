@@ -209,6 +209,7 @@ class ComputeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where models run.", json_schema_extra={"position": 0})
     threads: int = Field(0, ge=0, description="CPU threads; 0 takes all cores.", json_schema_extra={"position": 1})
     micro_batch: int = Field(0, ge=0, description="Sequences in one forward pass; 0 takes the whole batch.", json_schema_extra={"position": 2})
+    own_process: bool = Field(False, description="Compute each stage in a process of its own: GPU memory is freed after each stage, and a crash of one does not take the run along.", json_schema_extra={"position": 3})
 
 
 class ExperimentConfig(Section):

@@ -33,7 +33,7 @@ def _core(path: str) -> Compute:
 
         getattr(importlib.import_module(module), name)(config, inputs, out, use_machine(runtime))
 
-    compute.__module__ = module
+    compute.__module__, compute.__qualname__ = module, name
     return compute
 
 

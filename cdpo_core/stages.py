@@ -27,6 +27,7 @@ from cdpo_core.artifacts import ArtifactRef, Manifest, Store, external_ref, file
 from cdpo_core.code_version import code_version
 from cdpo_core.errors import CorruptArtifact, InputError
 from cdpo_core.scratch import held_folder
+from cdpo_core.stage_process import compute_apart
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Runtime:
     micro_batch: int = 0
     scratch: Path | None = None
     progress: Progress = no_progress
+    own_process: bool = False
 
 
 class Slice:
@@ -239,7 +241,11 @@ def _compute(
     started, cpu_started = time.monotonic(), time.process_time()
     try:
         runtime.progress(stage.name, 0, 1)
-        stage.compute(slice_, paths, out, runtime)
+        apart = 0.0
+        if runtime.own_process:
+            apart = compute_apart(stage.compute, slice_, paths, out, runtime, stage.name)
+        else:
+            stage.compute(slice_, paths, out, runtime)
         files = folder_files(out)
         return store.publish(
             out,
@@ -254,7 +260,7 @@ def _compute(
                 code=code_version(stage.compute.__module__),
                 created=datetime.now(UTC).isoformat(timespec="milliseconds"),
                 seconds=round(time.monotonic() - started, 3),
-                cpu_seconds=round(time.process_time() - cpu_started, 3),
+                cpu_seconds=round(time.process_time() - cpu_started + apart, 3),
                 host=platform.node(),
                 versions=library_versions(),
             ),

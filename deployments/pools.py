@@ -12,7 +12,7 @@ import yaml
 
 from cdpo_core.errors import InputError
 from flows.pools import POOL, SWEEP_POOL
-from tasks.environment import DEFAULT_STORE
+from tasks.environment import DEFAULT_STORE, HEARTBEAT
 from tasks.mlflow_connection import without_secrets
 
 if TYPE_CHECKING:
@@ -66,13 +66,19 @@ def make_pools(client: SyncPrefectClient, options: PoolOptions) -> None:
 
 
 def base_template(kind: str) -> dict[str, Any]:
-    """The base job template of a new pool of this type; a container's environment says where the stack is."""
+    """The base job template of a new pool of this type; a container's environment says where the stack is.
+
+    Every run sends the heartbeats that the automations wait for, whoever started its worker and how.
+    """
+    template: dict[str, Any]
     if kind == PROCESS:
         from prefect.workers.process import ProcessWorker
 
-        return copy.deepcopy(ProcessWorker.get_default_base_job_template())
+        template = copy.deepcopy(ProcessWorker.get_default_base_job_template())
+        template["variables"]["properties"]["env"]["default"] = HEARTBEAT
+        return template
     text = resources.files("deployments").joinpath(f"{kind}.yaml").read_text(encoding="utf-8")
-    template: dict[str, Any] = yaml.safe_load(text)
+    template = yaml.safe_load(text)
     told = {name: os.environ[name] for name in TOLD if os.environ.get(name)}
     secret = [name for name, value in told.items() if without_secrets(value) != value]
     if secret:
@@ -80,7 +86,7 @@ def base_template(kind: str) -> dict[str, Any]:
         raise InputError(
             "a work pool's environment is shown to everyone, and this holds a password", where=secret[0], fix=fix
         )
-    template["variables"]["properties"]["env"]["default"] = told
+    template["variables"]["properties"]["env"]["default"] = {**told, **HEARTBEAT}
     return template
 
 

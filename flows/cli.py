@@ -14,10 +14,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, CycloptsError, Parameter
 
 from cdpo_core.errors import InputError
-from flows.command_line import check_writable, default_to_nothing, split_tokens, write_json
-from flows.terminal import log_to_file, print_error, showing_progress
+from flows.begin import begin
+from flows.command_line import (
+    EXAMPLES,
+    FIELDS,
+    AtOnce,
+    Config,
+    Json,
+    Limit,
+    Name,
+    Overrides,
+    Seed,
+    StoreUri,
+    check_writable,
+    default_to_nothing,
+    split_tokens,
+    write_json,
+)
+from flows.store import store as store_commands
+from flows.terminal import print_error, showing_progress
 from flows.up_command import up
-from tasks.environment import cdpo_home, quiet_environment
+from tasks.environment import quiet_environment
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,37 +42,6 @@ if TYPE_CHECKING:
     from cdpo_core.config import ExperimentConfig
 
 DONE, FAILED, BAD_INPUT, NOT_CERTIFIED, INTERRUPTED = 0, 1, 2, 3, 130
-
-EXAMPLES = """\
-Examples:
-  cdpo run testbed              from nothing to a certified policy in minutes
-  cdpo run testbed --limit -1   another limit; what is unchanged is kept
-  cdpo run my.yaml --data.source pairs.jsonl --dpo.beta 0.1 --json result.json
-  cdpo sweep testbed --limits -0.9,-0.7,-0.5,-0.3
-  cdpo check-data pairs.jsonl   what a data set holds
-  cdpo up                       Prefect and MLflow in the browser
-
-CONFIG is a YAML file or the name of a shipped preset.
-Any of its fields can be set: --dpo.beta 0.25, --constraints.0.limit -1.
---debug adds the traceback to an error.
-After Ctrl-C or a crash the same command continues; nothing finished is lost.
-Exit codes: 0 done, 1 failure, 2 bad input, 3 no certified policy."""
-
-FIELDS = """\
-Any field of the config can be set, for example:
-  --dpo.beta 0.25 --constraints.0.limit -1 --data.source pairs.jsonl
---debug adds the traceback to an error."""
-
-Config = Annotated[str, Parameter(help="YAML file, or the name of a shipped preset (testbed, tiny, …).")]
-Json = Annotated[Path | None, Parameter(name="--json", help="Write the result to this file.", metavar="FILE")]
-Limit = Annotated[
-    str | None,
-    Parameter(help="Largest allowed mean cost, of the first constraint.", allow_leading_hyphen=True, metavar="COST"),
-]
-Seed = Annotated[str | None, Parameter(help="Seed of every random stream.", metavar="N")]
-StoreUri = Annotated[str | None, Parameter(help="Artifact store: a folder, or s3://bucket/prefix.", metavar="URI")]
-Name = Annotated[str | None, Parameter(help="Name shown in the UIs.", metavar="TEXT")]
-Overrides = Annotated[dict[str, str] | None, Parameter(parse=False)]
 
 app = App(
     name="cdpo",
@@ -67,7 +53,8 @@ app = App(
 )
 
 
-app.command(up, sort_key=8, help_epilogue="")
+app.command(store_commands)
+app.command(up, sort_key=9, help_epilogue="")
 
 
 @app.command(sort_key=1, help_epilogue=FIELDS)
@@ -90,7 +77,7 @@ def run(
     experiment = _load(config, given, json)
     with showing_progress() as progress:
         progress("checks", 0, 1)
-        log_file = _quiet("run", prefect=True)
+        log_file = begin("run", experiment)
         from flows.experiment import run_experiment
         from flows.preflight import check_before_run
 
@@ -123,7 +110,7 @@ def plan(
     """
     given = {**(overrides or {}), **_shortcuts(limit, seed, store)}
     experiment = _load(config, given, json)
-    _quiet("plan")
+    begin("plan")
     from flows.plan import plan_experiment
     from flows.plan_report import print_plan
 
@@ -142,16 +129,17 @@ def sweep(
     limits: Annotated[
         str, Parameter(help="Limits of the first constraint: a,b,c.", allow_leading_hyphen=True, metavar="A,B,C")
     ],
-    seeds: Annotated[str, Parameter(help="One sweep for each of these seeds: 0,1,2.", metavar="N,N,N")] = "",
+    seeds: Annotated[str, Parameter(help="Seeds, all limits for each: 0,1,2.", metavar="N,N,N")] = "",
     set_: Annotated[
         list[str] | None,
         Parameter(
             name="--set",
             negative="",
-            help="One sweep for each of these values: dpo.beta=0.25,0.5.",
+            help="A field's values, all limits for each: dpo.beta=0.25,0.5.",
             metavar="FIELD=A,B",
         ),
     ] = None,
+    at_once: AtOnce = None,
     store: StoreUri = None,
     name: Name = None,
     json: Json = None,
@@ -161,34 +149,32 @@ def sweep(
 
     Stages they share are computed once; the result is the frontier of reward over cost.
     """
-    from flows.grid import grid, parse_limits
+    from flows.grid import combinations, parse_limits, parse_seeds
 
-    numbers = parse_limits(limits)
-    given = {**(overrides or {}), **_shortcuts(None, None, store, name)}
-    combinations = grid(seeds, set_ or [])
-    experiments = [_load(config, {**given, **combination}, json) for combination in combinations]
+    numbers, all_seeds, vary = parse_limits(limits), parse_seeds(seeds) if seeds else [], set_ or []
+    experiment = _load(config, {**(overrides or {}), **_shortcuts(None, None, store, name)}, json)
+    varied = combinations(experiment, all_seeds, vary)
     with showing_progress() as progress:
         progress("checks", 0, 1)
-        _quiet("sweep", prefect=True)
+        begin("sweep", experiment)
         from flows.closing_report import print_sweep
         from flows.preflight import check_before_run
-        from flows.sweep import run_sweep
+        from flows.sweep import ChildrenFailed, run_sweep
 
-        for experiment in experiments:
-            check_before_run(experiment)
+        for item in varied:
+            check_before_run(item.config)
         progress("checks", 1, 1)
-    results = []
-    for combination, experiment in zip(combinations, experiments, strict=True):
-        if combination:
-            settings = ", ".join(f"{path} = {value}" for path, value in combination.items())
-            _stdout().print(f"\n{settings}", style="bold", markup=False)
-        with showing_progress() as progress:
-            result = run_sweep(experiment, numbers, progress=progress)
-        print_sweep(result, _stdout())
-        results.append({"settings": combination, **result})
+        failure = None
+        try:
+            result = run_sweep(experiment, numbers, all_seeds, vary, at_once=at_once, progress=progress)
+        except ChildrenFailed as error:
+            failure, result = error, error.result
     if json is not None:
-        write_json(json, results[0] if len(results) == 1 else {"sweeps": results})
-    return DONE if all(result["chosen"] for result in results) else NOT_CERTIFIED
+        write_json(json, result)
+    print_sweep(result, _stdout())
+    if failure is not None:
+        raise failure
+    return DONE if result["chosen"] else NOT_CERTIFIED
 
 
 @app.command(sort_key=4, help_epilogue=FIELDS)
@@ -218,7 +204,7 @@ def compare(
     chosen = [method.name for method in load_methods(entries(methods, "--methods") if methods else [])]
     with showing_progress() as progress:
         progress("checks", 0, 1)
-        _quiet("compare", prefect=True)
+        begin("compare", experiment)
         from flows.closing_report import print_comparison
         from flows.compare import run_compare
         from flows.preflight import check_before_run
@@ -289,7 +275,7 @@ def sample(
     return DONE
 
 
-@app.command(sort_key=9, help_epilogue="")
+@app.command(sort_key=10, help_epilogue="")
 def doctor(
     config: Annotated[str, Parameter(help="YAML file or preset.")] = "testbed", *, overrides: Overrides = None
 ) -> int:
@@ -357,22 +343,6 @@ def _load(config: str, overrides: Mapping[str, str], json: Path | None = None) -
     if json is not None:
         check_writable(json, "--json")
     return load_config(config, overrides)
-
-
-def _quiet(command: str, *, prefect: bool = False) -> Path:
-    """Join the servers of a running `cdpo up`, and send the libraries' logs to a file.
-
-    With `prefect`, a command that is given no Prefect server gets one of its own.
-    """
-    from flows.up import join_running
-
-    join_running()
-    log_file = log_to_file(cdpo_home() / "logs", command)
-    if prefect:
-        from flows.temporary_server import start_prefect_server
-
-        start_prefect_server(log_file.parent)
-    return log_file
 
 
 def _version() -> str:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cdpo_core.evaluation.result import cost_figures, tail_figures, verdict
+from cdpo_core.evaluation.sweep_result import choice_words
 from tasks.environment import default_store
 
 Record = Mapping[str, Any]
@@ -33,27 +34,26 @@ def print_result(result: Record, console: Console) -> None:
 
 
 def print_sweep(result: Record, console: Console) -> None:
-    """The frontier as a table, and which limit's policy was chosen."""
-    table = _table(
-        f"Sweep over {len(result['frontier'])} limits", "limit", "status", "λ", "reward", "cost", "true cost"
-    )
+    """The frontier as a table, what failed, and which policy was chosen."""
+    varied = list(result["frontier"][0].get("settings") or {}) if result["frontier"] else []
+    heads = ["status", "λ", "reward", "cost [95 %]", "bound", "true cost"]
+    table = _table(f"Sweep: {len(result['frontier'])} experiments", "limit", *varied, *heads)
     for point in result["frontier"]:
         table.add_row(
             _number(point.get("limit"), "+.3g"),
+            *(str(point["settings"][path]) for path in varied),
             str(point.get("status", "")).replace("_", " "),
             _number(point.get("lambda"), ".3g"),
             _mean(point.get("reward")),
             _interval(point.get("cost")),
+            _number((point.get("certificate") or {}).get("upper")),
             _number(point.get("true_cost")),
         )
     console.print()
     console.print(table)
+    failed = [f"Failed: {item['name']}: {item['error'].splitlines()[0]}" for item in result.get("failed") or []]
     chosen = result.get("chosen")
-    if chosen:
-        words = f"Chosen: the policy of limit {chosen['limit']:g}, certified for the choice among all limits."
-        _print(console, "", words, *_policy(chosen["policy"]))
-    else:
-        _print(console, "", "No policy is certified when the error probability is split over all limits.")
+    _print(console, *failed, "", f"{choice_words(result)}.", *(_policy(chosen["policy"]) if chosen else []))
     _print(console, *_tracking(result), *_report(result))
 
 
@@ -245,9 +245,12 @@ def _tracking(result: Record) -> list[str]:
     uri, run = str(tracking.get("uri") or ""), tracking.get("run_id") or ""
     if not uri:
         return []
+    kept = tracking.get("kept")
+    words = f"           it was away: {kept} entries are kept in the store and are sent by the next run"
+    away = [words] if kept else []
     if tracking.get("url") or uri.startswith("http"):
-        return [f"  MLflow   {tracking.get('url') or uri} (run {run})"]
-    return [f"  MLflow   cdpo up, or: mlflow ui --backend-store-uri {uri} (run {run})"]
+        return [f"  MLflow   {tracking.get('url') or uri} (run {run})", *away]
+    return [f"  MLflow   cdpo up, or: mlflow ui --backend-store-uri {uri} (run {run})", *away]
 
 
 def _table(title: str, first: str, *others: str) -> Table:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -31,6 +32,8 @@ from tasks.comparison import ComparisonJournal
 from tasks.environment import RUN_TAG
 from tasks.evaluation import limits_by_name
 from tasks.metric_points import timestamp_ms
+from tasks.prefect_patience import begun
+from tasks.uses import enter_run, noting_uses
 from tasks.workbench import open_workbench, outcome, report_progress_to
 
 Limits = Annotated[list[str], Field(min_length=1)]
@@ -60,7 +63,10 @@ def compare(config: ExperimentConfig, limits: Limits, seeds: Seeds, methods: lis
     identity: dict[str, Any] = {"limits": limits, "seeds": seeds, "methods": [method.name for method in chosen]}
     journal = ComparisonJournal(config, identity)
     try:
-        result = _conduct(config, limits, seeds, chosen)
+        with noting_uses() as used:
+            result = _conduct(config, limits, seeds, chosen)
+        facts = {"ended_ms": result["ended_ms"], "tracking": journal.record()}
+        enter_run(journal.bench.store, "comparison", journal.key, config.name, used.values(), facts)
         ended = result.pop("ended_ms")
         result |= {"name": config.name, **identity, "tracking": journal.record()}
         result["report"] = str(journal.closed(result, ended))
@@ -95,7 +101,8 @@ def _conduct(
     settings = _settings(config, limits, methods)
     records = []
     for seed in seeds:
-        records += one_world(config, seed, list(limits), [method.name for method in methods], settings)
+        names = [method.name for method in methods]
+        records += begun(partial(one_world, config, seed, list(limits), names, settings))
     return {
         "records": records,
         "table": comparison_table(records, OURS),

@@ -19,6 +19,7 @@ from tasks.access import FIX as LOGIN_FIX
 from tasks.access import mlflow_authorization, prefect_authorization
 from tasks.environment import cdpo_home, default_store
 from tasks.mlflow_connection import given_address, is_http, without_secrets
+from tasks.outbox import kept_entries
 
 PACKAGES = ("torch", "transformers", "prefect", "mlflow", "pydantic", "fastapi", "boto3", "datasets", "peft")
 LEAST_FREE_GIB = 2
@@ -111,7 +112,9 @@ def _store(config: ExperimentConfig) -> Finding:
 
     store = open_store(config.store.uri or default_store())
     store.probe()
-    return Finding("store", f"{store.uri}: read and written")
+    kept = [f"{number} entries for the MLflow at {uri}" for uri, number in kept_entries(store).items()]
+    waiting = f"; kept while it was away: {', '.join(kept)} (the next run there sends them)" if kept else ""
+    return Finding("store", f"{store.uri}: read and written{waiting}")
 
 
 def _mlflow(config: ExperimentConfig) -> Finding:

@@ -15,6 +15,7 @@ from typing import Any
 from prefect import flow, tags
 from prefect.states import Completed, State
 
+from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.stages import Progress
 from flows.align import Alignment, align
@@ -25,10 +26,13 @@ from flows.prepare import prepare
 from flows.sections import takes_sections
 from tasks.environment import RUN_TAG
 from tasks.journal import Journal, announce
+from tasks.prefect_patience import part
+from tasks.prefect_records import flow_run_id
 from tasks.preference_models import scorer_reports
 from tasks.records import Prepared, Scored
-from tasks.report import draw_figures, report_folder, write_json, write_samples
-from tasks.result import Outcome, experiment_result
+from tasks.report import draw_figures, report_folder, write_json, write_report, write_samples
+from tasks.result import Outcome, experiment_result, outcome_name
+from tasks.uses import enter_run
 from tasks.workbench import Workbench, open_workbench, outcome, report_progress_to
 
 STATE_NAMES = {"certified": "Certified", "not_certified": "NotCertified", "infeasible": "Infeasible"}
@@ -42,6 +46,10 @@ def experiment(config: ExperimentConfig) -> State[dict[str, Any]]:
     announce(bench)
     check_before_run(config)
     result = _conduct(bench)
+    if run_id := flow_run_id():
+        # A run that is started again ends with another record; what waits for this one reads it by the run's id.
+        bench.store.delete_record(outcome_name(run_id))
+        bench.put_record(outcome_name(run_id), result)
     return Completed(name=STATE_NAMES[result["status"]], message=result["verdict"], data=result)
 
 
@@ -71,23 +79,31 @@ def sections(config: ExperimentConfig) -> dict[str, Any]:
 def _conduct(bench: Workbench) -> dict[str, Any]:
     journal = Journal(bench)
     try:
-        prepared = prepare(bench)
-        scored = preference_models(bench, prepared)
+        prepared = part(prepare, bench)
+        scored = part(preference_models, bench, prepared)
         reports = scorer_reports(bench, scored.scorers)
         journal.scorers(reports, scored.scorers)
-        alignment = align(bench, prepared, scored, journal)
-        evaluation = evaluate(bench, prepared, scored, alignment)
+        journal.data(prepared, scored)
+        alignment = part(align, bench, prepared, scored, journal)
+        evaluation = part(evaluate, bench, prepared, scored, alignment)
         result = experiment_result(
             bench, journal, alignment.plan, reports, _outcome(prepared, scored, alignment, evaluation)
         )
         folder = report_folder(journal.key, bench.config.name)
         draw_figures(bench, result, alignment.plan, alignment.history, evaluation.test, folder)
         write_samples(bench, prepared, evaluation.test, folder)
+        result["report_artifact"] = write_report(bench, result, folder).model_dump()
         write_json(result, folder / "result.json")
         chosen = (result["policy"] or {}).get("digest", "none")
         # A change of the code may give the same experiment another policy: each has a record of its own.
-        bench.put_record(f"results/{journal.key}-{chosen[:12]}", result)
+        record = f"results/{journal.key}-{chosen[:12]}"
+        bench.put_record(record, result)
+        used = [(done.ref, done.label) for done in bench.results if done.ref is not None]
+        used.append((ArtifactRef(**result["report_artifact"]), "report"))
+        facts = {name: result[name] for name in ("status", "ended_ms")} | {"result": record}
+        enter_run(bench.store, "experiment", journal.key, bench.config.name, used, facts)
         journal.closed(result, folder)
+        result["tracking"]["kept"] = journal.tracker.kept()
         result["report"] = str(folder)
     except BaseException:
         journal.failed()

@@ -1,14 +1,22 @@
-"""The grid of a sweep: every combination of seeds and settings, as overrides of one config."""
+"""The grid of a sweep: every combination of seeds and settings, each as a config."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from cdpo_core.errors import InputError
 
+if TYPE_CHECKING:
+    from cdpo_core.config import ExperimentConfig
+
 MOST_COMBINATIONS = 100
+# Neither is part of what an experiment is.
+CHANGE_NOTHING = ("name", "store", "tracking", "compute")
+FIRST_LIMIT = "constraints.0.limit"
 
 
 def parse_limits(text: str) -> list[float]:
@@ -45,25 +53,73 @@ def parse_seeds(text: str) -> list[int]:
     return [int(entry) for entry in found]
 
 
-def grid(seeds: str = "", settings: Sequence[str] = ()) -> list[dict[str, str]]:
-    """All combinations, each as overrides by dotted path; one empty combination when nothing varies.
+@dataclass(frozen=True)
+class Combination:
+    """One combination of the varied settings.
+
+    Attributes:
+        place: its position on each axis, the seeds' first; all 0 for the first combination.
+        settings: the varied fields' values by dotted path; {} when nothing varies.
+        config: the sweep's config with these values.
+    """
+
+    place: tuple[int, ...]
+    settings: dict[str, Any]
+    config: ExperimentConfig
+
+
+def combinations(config: ExperimentConfig, seeds: Sequence[int], vary: Sequence[str]) -> list[Combination]:
+    """Every combination of the seeds and settings, the last axis moving first; one when nothing varies.
 
     Args:
-        seeds: comma-separated seeds, "" for the config's.
-        settings: one `section.field=value,value` each.
+        config: what all of them start from.
+        seeds: of every random stream; none for the config's own.
+        vary: one `section.field=value,value` each.
 
     Raises:
-        InputError: a setting that is not of that form, is given twice, or too many combinations.
+        InputError: a setting that is not of that form, changes no result, is given twice or not allowed; two
+            combinations that are the same; or too many of them.
     """
+    from cdpo_core.config_loading import overridden
+
+    axes = _axes(seeds, vary)
+    found: list[Combination] = []
+    for place in itertools.product(*(range(len(values)) for values in axes.values())):
+        given = {path: values[at] for (path, values), at in zip(axes.items(), place, strict=True)}
+        own = overridden(config, given, "--seeds, --set") if given else config
+        settings = {path: _value_at(own, path, text) for path, text in given.items()}
+        twin = next((other for other in found if other.config == own), None)
+        if twin is not None:
+            raise InputError(
+                f"{words(settings)} and {words(twin.settings)} are the same experiment",
+                where="--seeds, --set",
+                fix="give each value once",
+            )
+        found.append(Combination(place, settings, own))
+    return found
+
+
+def words(settings: Mapping[str, Any]) -> str:
+    """The settings for a reader: `seed = 0, dpo.beta = 0.25`; "" when nothing varies."""
+    return ", ".join(f"{path} = {value}" for path, value in settings.items())
+
+
+def _axes(seeds: Sequence[int], vary: Sequence[str]) -> dict[str, list[str]]:
+    """The values of each varied field, by its path, as text."""
     axes: dict[str, list[str]] = {}
     if seeds:
-        axes["seed"] = entries(seeds, "--seeds")
-    for setting in settings:
+        axes["seed"] = entries(",".join(map(str, seeds)), "--seeds")
+    for setting in vary:
         path, equals, values = setting.partition("=")
+        path = path.strip()
         if not (path and equals and values):
             raise InputError(f"{setting!r} is no setting", where="--set", fix="for example --set dpo.beta=0.25,0.5")
         if path in axes:
             raise InputError(f"{path} is varied twice", where="--set", fix="give all its values at once")
+        if path.split(".")[0] in CHANGE_NOTHING:
+            raise InputError(f"{path} changes no result", where="--set", fix=f"set it for all of them: --{path} VALUE")
+        if path in ("constraints", FIRST_LIMIT):
+            raise InputError("--limits varies the first limit", where=f"--set {path}", fix="give its values there")
         axes[path] = entries(values, f"--set {path}")
     if math.prod(map(len, axes.values())) > MOST_COMBINATIONS:
         raise InputError(
@@ -71,7 +127,15 @@ def grid(seeds: str = "", settings: Sequence[str] = ()) -> list[dict[str, str]]:
             where="--seeds, --set",
             fix=f"vary less at once; {MOST_COMBINATIONS} combinations are the most",
         )
-    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    return axes
+
+
+def _value_at(config: ExperimentConfig, path: str, text: str) -> Any:
+    """The field's value as the config reads it; a section's or list's stays the text that was given."""
+    value: Any = config
+    for part in path.split("."):
+        value = value[int(part)] if isinstance(value, list) else getattr(value, part)
+    return value if isinstance(value, (str, int, float, bool)) else text
 
 
 def entries(text: str, option: str) -> list[str]:

@@ -20,6 +20,7 @@ from flows.prepare import prepare
 from tasks.comparison import compute_spent, value_on
 from tasks.dual import OfflinePlan, candidate, choose_round, dual_round, plan_dual
 from tasks.evaluation import enumerate_reference, judge_policy, test_policy
+from tasks.prefect_patience import part
 from tasks.records import Prepared, Scored
 from tasks.rounds import measure_policy, train_policy
 from tasks.workbench import Workbench, open_workbench
@@ -39,8 +40,8 @@ class World:
     def of(cls, config: ExperimentConfig) -> World:
         """The world of a config, computed or found in the store."""
         bench = open_workbench(config)
-        prepared = prepare(bench)
-        return cls(prepared, preference_models(bench, prepared))
+        prepared = part(prepare, bench)
+        return cls(prepared, part(preference_models, bench, prepared))
 
     @property
     def samples(self) -> list[ArtifactRef]:

@@ -12,6 +12,7 @@ from flows.temporary_server import wait_until_ready
 from tasks.access import FIX
 from tasks.environment import cdpo_home
 from tasks.mlflow_connection import without_secrets
+from tasks.patience import ServerAway, when_there
 from tasks.preference_models import RESERVED_BASES
 from tasks.tracking import Tracker
 from tasks.workbench import store_of
@@ -29,7 +30,8 @@ def check_before_run(config: ExperimentConfig) -> None:
     """The machine, the models' bases, data rows, the store, the Prefect server and MLflow.
 
     The command line checks before it starts a flow and the flow, which a worker may run, before its first stage: a
-    config that passed in this process is not checked a second time.
+    config that passed in this process is not checked a second time. A server that is away is an error at once where
+    somebody typed the command, and waited for in a run that a worker started and in a sweep's later children.
 
     Raises:
         InputError: the first thing that is wrong, where it is and what to do.
@@ -44,9 +46,10 @@ def check_before_run(config: ExperimentConfig) -> None:
     for field, base, revision, heads in _models(config):
         _check_model(field, base, revision, heads)
     check_source(config)
-    store_of(config).probe()
-    Tracker.open(config.tracking, store_of(config), cdpo_home())
-    _check_prefect()  # last: a server of this command's own starts meanwhile
+    store = store_of(config)
+    when_there(store.uri, store.probe)
+    Tracker.open(config.tracking, store, cdpo_home())
+    when_there("Prefect", _check_prefect)  # last: a server of this command's own starts meanwhile
     _passed.add(identity)
 
 
@@ -67,6 +70,8 @@ def _check_prefect() -> None:
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL
 
+    from tasks.prefect_patience import server_error
+
     url = PREFECT_API_URL.value()
     if not url:  # the first flow starts a temporary server
         return
@@ -77,16 +82,15 @@ def _check_prefect() -> None:
             where=f"PREFECT_API_URL = {without_secrets(url)}",
             fix="take them out, and set PREFECT_API_AUTH_STRING",
         )
-    with get_client(sync_client=True) as client:
-        error = client.api_healthcheck()
-        if error is None:
-            _check_prefect_login(client, url)
+    error = server_error()
     if error is not None:
-        raise InputError(
+        raise ServerAway(
             f"the Prefect server cannot be reached: {without_secrets(str(error))}",
             where=f"PREFECT_API_URL = {without_secrets(url)}",
             fix="start it (`cdpo up`), or unset PREFECT_API_URL: the run then starts a temporary server",
         )
+    with get_client(sync_client=True) as client:
+        _check_prefect_login(client, url)
 
 
 def _check_prefect_login(client: SyncPrefectClient, url: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 from rich.console import Console
 
 from cdpo_core.errors import CdpoError, InputError
+from tasks.environment import cdpo_home
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 PLAIN_SECONDS = 10.0
 MOST_ERROR_LINES = 12
 MOST_LINE_CHARACTERS = 300
+# What sqlite and libraries in Rust say of a full disk.
+DISK_FULL_SIGNS = ("No space left on device", "disk is full", "os error 28", "StorageFull")
 
 
 class Display(Protocol):
@@ -151,6 +155,9 @@ def print_error(error: BaseException, *, debug: bool) -> int:
     """Print an error in at most twelve lines (and its traceback with `debug`); returns the exit code."""
     if debug:
         traceback.print_exception(error)
+    full = _disk_full(error)
+    if full is not None:
+        error = full
     if isinstance(error, CdpoError):
         lines = str(error).splitlines()
         code = error.exit_code
@@ -186,7 +193,7 @@ def log_to_file(folder: Path, command: str) -> Path:
     """
     make_log_folder(folder)
     path = folder / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-    to_file = logging.FileHandler(path, encoding="utf-8")
+    to_file = _LogFile(path, encoding="utf-8")
     # Prefect configures logging when it is imported, so what it set up can be taken away only afterwards.
     import prefect  # noqa: F401
 
@@ -221,6 +228,32 @@ def make_log_folder(folder: Path) -> None:
             where=str(folder),
             fix="give another folder in CDPO_HOME, or correct its rights",
         ) from error
+
+
+def _disk_full(error: BaseException) -> CdpoError | None:
+    """What a library says of a full disk in its own way, in the user's words; None for anything else."""
+    if isinstance(error, CdpoError):
+        return None
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = str(link.filename or cdpo_home())
+        elif any(sign in str(link) for sign in DISK_FULL_SIGNS):
+            where = str(cdpo_home())
+        else:
+            link = link.__cause__ or link.__context__
+            continue
+        fix = "free some space and run the same command again: finished stages are kept"
+        return CdpoError("there is no space left on the disk", where=where, fix=fix)
+    return None
+
+
+class _LogFile(logging.FileHandler):
+    """A log file; that its disk is full is said once by the error that ends the run, not with every line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 def _open_log() -> str:

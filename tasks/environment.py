@@ -16,6 +16,7 @@ from tasks.access import login_of_environment
 DEFAULT_STORE = "CDPO_STORE"
 # What the automation that ends killed runs waits for; Prefect allows no shorter interval.
 HEARTBEAT_SECONDS = 30
+HEARTBEAT = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)}
 # Every run of this project carries it, nested ones too: automations leave other people's runs alone.
 RUN_TAG = "cdpo"
 
@@ -23,12 +24,20 @@ _QUIET = {
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
+    **HEARTBEAT,
+    # A run that died before it was cancelled has nobody to say that it ended; a worker takes 30 s at most.
+    "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_CANCELLING_TIMEOUT_SECONDS": "60",
     # MLflow looks for a git executable to tag runs with a commit; none is needed.
     "GIT_PYTHON_REFRESH": "quiet",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # What MLflow does not take within a minute is kept and sent later: training does not wait for it.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    # 2 + 4 + … + 128 s: a run outlives a Prefect server that is away for minutes (the default gives up after 62 s).
+    "PREFECT_CLIENT_MAX_RETRIES": "7",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "cdpo_core,tasks,flows",
     # What is said outside any flow goes to the log file alone.
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,22 @@ from tasks.prefect_records import (
     flow_run_url,
     interval_cell,
     link_to_mlflow,
+    link_to_report,
     markdown_table,
     rounds_markdown,
     show_markdown,
 )
+from tasks.records import Prepared, Scored
+from tasks.review import (
+    EXPERIMENT_NOTE,
+    VIEW,
+    artifact_address,
+    datasets,
+    review_view,
+    run_note,
+    version_note,
+)
+from tasks.review_tracking import ReviewTracker
 from tasks.tracking import Tracker, experiment_key
 from tasks.workbench import Workbench, store_of
 
@@ -56,7 +69,7 @@ class Journal:
         config = bench.config
         self.bench = bench
         self.key = experiment_key(config, bench.external_digests())
-        self.tracker = Tracker.open(config.tracking, bench.store, cdpo_home())
+        self.tracker = ReviewTracker.open(config.tracking, bench.store, cdpo_home())
         self.run_id = self.tracker.run_for(
             self.key, config.name, config, parent_run_id=config.tracking.parent_run, prefect_url=flow_run_url()
         )
@@ -74,6 +87,10 @@ class Journal:
         """Held-out accuracy of the reward and cost models."""
         if scorers:
             self.tracker.log_points(self.run_id, scorer_points(reports, self._time_of(scorers[-1])))
+
+    def data(self, prepared: Prepared, scored: Scored) -> None:
+        """The data and its splits, as inputs of the run."""
+        self.tracker.log_datasets(self.run_id, datasets(self.bench, prepared, scored))
 
     def price(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """What each limit would cost, for the Prefect UI, before any round."""
@@ -101,11 +118,12 @@ class Journal:
         """The result: figures, files, tags, the verdict, and the registered policy if it is certified.
 
         Args:
-            folder: report files (PNG, JSON) to attach.
+            folder: report files (PNG, HTML, JSON) to attach.
         """
         ended = self.ended_ms()
         self.tracker.log_points(self.run_id, result_points(result, ended))
         self.tracker.set_tags(self.run_id, result_tags(result))
+        self.tracker.log_file(self.run_id, folder / "report.html", "report.html")
         for file in sorted(folder.iterdir()):
             if file.suffix == ".png":
                 self.tracker.log_file(self.run_id, file, f"figures/{file.name}")
@@ -114,6 +132,7 @@ class Journal:
             import pandas as pd
 
             self.tracker.log_table(self.run_id, pd.read_parquet(samples), "samples.json")
+        self._describe(result, ended)
         self._register(result)
         show_markdown(f"verdict-{self.key}", verdict_markdown(result), result["status"].replace("_", " "))
         self.tracker.finish(self.run_id, "FINISHED", ended)
@@ -126,6 +145,24 @@ class Journal:
         """The run ended by an error, which is what the user is told even if MLflow cannot be; a later run continues."""
         tell_failure(self.tracker, self.run_id)
 
+    def _describe(self, result: Mapping[str, Any], ended: int) -> None:
+        """In MLflow the verdict in words with links, and the saved view; in Prefect a link to the report."""
+        if not self.tracker.enabled:
+            return
+        tracker, run_id = self.tracker, self.run_id
+        pages = {
+            "Report": tracker.run_page(run_id, "/artifacts/report.html"),
+            "Charts": tracker.run_page(run_id, "/model-metrics"),
+            "Sample answers": tracker.run_page(run_id, "/artifacts/samples.json") if result["test"] else "",
+            "All experiments": tracker.view_page(VIEW),
+            "Prefect run": flow_run_url(),
+        }
+        figure = artifact_address(run_id, "figures/lambda_trajectory.png") if result["rounds"] else ""
+        tracker.set_tags(run_id, {"mlflow.note.content": run_note(result, pages, figure)})
+        note = EXPERIMENT_NOTE.format(view=tracker.view_page(VIEW))
+        tracker.tag_experiment(run_id, {"mlflow.note.content": note, **review_view(self.bench.names, ended)})
+        link_to_report(tracker.run_url(run_id, "/artifacts/report.html"), self.key)
+
     def _register(self, result: Mapping[str, Any]) -> None:
         config = self.bench.config
         if result["status"] != "certified" or not config.tracking.register_model:
@@ -134,13 +171,18 @@ class Journal:
         tags |= constraint_tags(result)
         policy = ArtifactRef(**result["policy"])
         name = config.tracking.model_name or f"cdpo-{config.name}"
-        self.tracker.register_policy(self.run_id, name, policy, result["certificate"], tags)
+        note = version_note(result, self.tracker.run_page(self.run_id))
+        self.tracker.register_policy(self.run_id, name, policy, result["certificate"], tags, note)
 
 
 def tell_failure(tracker: Tracker, run_id: str) -> None:
-    """Mark an MLflow run as failed; that MLflow cannot be told must not hide the failure itself."""
+    """Mark an MLflow run as failed, or as killed when it was cancelled or interrupted.
+
+    That MLflow cannot be told must not hide the failure itself.
+    """
+    is_failure = isinstance(sys.exc_info()[1], Exception)
     try:
-        tracker.finish(run_id, "FAILED")
+        tracker.finish(run_id, "FAILED" if is_failure else "KILLED")
     except CdpoError as error:
         log.warning("MLflow was not told that the run failed: %s", error)
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from cdpo_core.config import ExperimentConfig
 
 INTERVAL_ENDS = ("low", "high")
+# What else the exact judge notes, and what a certificate rests on: for the record, not for charts and tags.
+NO_FIGURES = ("prompts", "feasible")
+NO_TAGS = ("evidence", "note")
 
 
 @dataclass(frozen=True)
@@ -49,19 +52,22 @@ def round_points(
         timestamp: of the record, milliseconds.
 
     Returns:
-        dual/lambda (dual/lambda/<name> when m > 1), dual/violation (the largest E[c_i] - C_i) and policy/*; the
-        bare policy/cost and policy/cost_upper are the first constraint's, each has its own when m > 1.
+        dual/* (lambda, cost, limit, reward, and violation, the largest E[c_i] - C_i) and policy/*. The charts of a run
+        are in the order of their names, so what is reviewed first is told under dual/. With m > 1 lambda, cost, limit
+        and cost_upper have a point for each constraint, dual/lambda/<name>; the bare policy/cost and policy/cost_upper
+        are the first one's.
     """
     lambdas, costs, uppers = (_each(record.get(key)) for key in ("lambda", "cost", "cost_upper"))
     values: dict[str, Any] = {f"policy/{key}": record.get(key) for key in ("reward", "kl", "safe_rate")}
-    values["policy/cost"], values["policy/cost_upper"] = costs[0], uppers[0]
+    values |= {"policy/cost": costs[0], "policy/cost_upper": uppers[0], "dual/reward": record.get("reward")}
     gaps = [cost - limit for cost, limit in zip(costs, limits, strict=False) if _is_finite(cost)]
     values["dual/violation"] = max(gaps, default=None)
-    if len(names) == 1:
-        values["dual/lambda"] = lambdas[0]
-    else:
-        for key, figures in (("dual/lambda", lambdas), ("policy/cost", costs), ("policy/cost_upper", uppers)):
-            values |= {f"{key}/{name}": figure for name, figure in zip(names, figures, strict=False)}
+    by_constraint = {"dual/lambda": lambdas, "dual/cost": costs, "dual/limit": limits}
+    if len(names) > 1:
+        by_constraint |= {"policy/cost": costs, "policy/cost_upper": uppers}
+    for key, figures in by_constraint.items():
+        for name, figure in zip(names, figures, strict=False):
+            values[key if len(names) == 1 else f"{key}/{name}"] = figure
     return _points(values, int(record["round"]), timestamp)
 
 
@@ -97,11 +103,11 @@ def scorer_points(scorers: Mapping[str, Mapping[str, Any]], timestamp: int) -> l
 
 
 def result_points(result: Mapping[str, Any], timestamp: int) -> list[MetricPoint]:
-    """test/* (with _low and _high), oracle/* and scorer/* of a result record, at the step of its last round.
+    """test/* (with _low and _high), oracle/* and scorer/* of a result record, at step 0.
 
-    With several constraints also oracle/true_cost/<name> and so on, one for each.
+    With several constraints also oracle/true_cost/<name> and so on, one for each. MLflow draws a metric that never
+    leaves step 0 as a bar with its value, and any other as a line, which of one point shows nothing.
     """
-    step = max((int(record["round"]) for record in result.get("rounds") or []), default=0)
     values: dict[str, Any] = {}
     for figure, estimate in (result.get("test") or {}).items():
         if isinstance(estimate, Mapping):
@@ -110,13 +116,14 @@ def result_points(result: Mapping[str, Any], timestamp: int) -> list[MetricPoint
         else:
             values[f"test/{figure}"] = estimate
     for figure, value in (result.get("oracle") or {}).items():
-        values[f"oracle/{figure}"] = value
+        if figure not in NO_FIGURES:
+            values[f"oracle/{figure}"] = value
     for name, gap in ((result.get("oracle") or {}).get("proxy_gap") or {}).items():
         values[f"oracle/proxy_gap/{name}"] = gap.get("gap")
     constraints = result.get("constraints") or []
     for item in constraints if len(constraints) > 1 else []:
         values |= {f"oracle/{figure}/{item['name']}": item.get(figure) for figure in ORACLE_FIGURES}
-    return _points(values, step, timestamp) + scorer_points(result.get("scorers") or {}, timestamp)
+    return _points(values, 0, timestamp) + scorer_points(result.get("scorers") or {}, timestamp)
 
 
 def varying_params(config: ExperimentConfig) -> dict[str, str]:
@@ -140,10 +147,15 @@ def result_tags(result: Mapping[str, Any]) -> dict[str, str]:
     values = {
         "status": result.get("status"),
         "lambda": result.get("lambda"),
-        **{f"certificate.{key}": value for key, value in (result.get("certificate") or {}).items()},
+        **certificate_tags(result.get("certificate") or {}),
         **constraint_tags(result),
     }
     return {name: tag_text(value) for name, value in values.items() if value is not None}
+
+
+def certificate_tags(certificate: Mapping[str, Any]) -> dict[str, str]:
+    """The certificate's figures as tags `certificate.<field>`, without the references it rests on."""
+    return {f"certificate.{key}": tag_text(value) for key, value in certificate.items() if key not in NO_TAGS}
 
 
 def constraint_tags(result: Mapping[str, Any]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from cdpo_core.errors import CdpoError, InputError
 from tasks.environment import local_mlflow, quiet_environment
+from tasks.patience import ServerAway
 
 if TYPE_CHECKING:
     from cdpo_core.config import TrackingConfig
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PROBE_SECONDS = 10
+GLANCE_SECONDS = 3
 CONTENDED = ("IntegrityError", "UniqueViolation", "database is locked")
 CONTENDED_TRIES = 8
 # `user:password@` behind `://`, or at the start of an address without it; a password may hold `/` and `@`.
@@ -39,18 +41,45 @@ def connect(tracking: TrackingConfig, home: Path) -> tuple[Any, str, str]:
         home: the state folder.
 
     Raises:
-        InputError: MLflow cannot be reached or refuses, within 30 seconds, or its address holds credentials.
+        ServerAway: MLflow does not answer within 30 seconds.
+        InputError: it refuses, or its address holds credentials.
     """
     quiet_environment()
-    uri = given_address(tracking) or local_mlflow(home)[0]
+    uri = address(tracking, home)
     _check_reachable(uri)
-    with mlflow_errors(InputError, without_secrets(uri), FIX):
+    with mlflow_errors(InputError, without_secrets(uri), FIX, away=ServerAway):
         from mlflow import MlflowClient
 
         artifacts = None if is_http(uri) else local_mlflow(home)[1]
         with _alone_at_the_tables(uri):
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             return client, uri, _find_or_create_experiment(client, tracking.experiment, artifacts)
+
+
+def reader(tracking: TrackingConfig, home: Path) -> tuple[Any, str]:
+    """A client that only reads, and the address; nothing is made there. (None, address) where no run was ever tracked.
+
+    Args:
+        tracking: see `connect`.
+        home: see `connect`.
+
+    Raises:
+        InputError: see `connect`; ServerAway is one.
+    """
+    quiet_environment()
+    uri = address(tracking, home)
+    if uri == local_mlflow(home)[0] and not (home / "mlflow.db").exists():
+        return None, uri
+    _check_reachable(uri)
+    with mlflow_errors(InputError, without_secrets(uri), FIX, away=ServerAway), _alone_at_the_tables(uri):
+        from mlflow import MlflowClient
+
+        return MlflowClient(tracking_uri=uri, registry_uri=uri), uri
+
+
+def address(tracking: TrackingConfig, home: Path) -> str:
+    """Where MLflow is: the address given, else sqlite under `home`; see `given_address` for what it raises."""
+    return given_address(tracking) or local_mlflow(home)[0]
 
 
 def given_address(tracking: TrackingConfig) -> str:
@@ -80,15 +109,56 @@ def given_address(tracking: TrackingConfig) -> str:
 
 
 @contextmanager
-def mlflow_errors(kind: type[CdpoError], where: str, fix: str) -> Iterator[None]:
-    """Turn MLflow's exceptions into one of ours, without secrets."""
+def mlflow_errors(kind: type[CdpoError], where: str, fix: str, away: type[CdpoError] | None = None) -> Iterator[None]:
+    """Turn what MLflow's client raises into one of our errors, without secrets.
+
+    Args:
+        kind: the error to raise.
+        where, fix: its address and what to do.
+        away: the error to raise when MLflow does not answer, if that is another one.
+    """
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
     from mlflow.exceptions import MlflowException
+    from requests import RequestException
 
     try:
         yield
-    except MlflowException as error:
-        reason = without_secrets(str(error).splitlines()[0])[:300]
-        raise kind(f"MLflow: {reason}", where=where, fix=fix) from error
+    except (MlflowException, RequestException, Boto3Error, BotoCoreError, ClientError) as error:
+        reason = without_secrets((str(error).splitlines() or [type(error).__name__])[0])[:300]
+        raise (away or kind if is_away(error) else kind)(f"MLflow: {reason}", where=where, fix=fix) from error
+
+
+def is_away(error: BaseException | None) -> bool:
+    """Whether the error says that MLflow, or the store of its files, does not answer or cannot answer now."""
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+
+    if isinstance(error, MlflowException):
+        status = error.get_http_status_code()
+    elif isinstance(error, RequestException):
+        # Without an answer there is no status.
+        status = 503 if error.response is None else error.response.status_code
+    elif isinstance(error, ClientError):
+        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 503))
+    else:
+        return isinstance(error, (Boto3Error, BotoCoreError))
+    return status >= 500 or status in (408, 429)
+
+
+def answers(uri: str) -> bool:
+    """Whether MLflow is there, at a glance: a server says it is healthy within seconds; a database is simply tried."""
+    if not is_http(uri):
+        return True
+    try:
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=GLANCE_SECONDS).close()
+    except urllib.error.HTTPError as error:
+        return error.code < 500
+    except (OSError, HTTPException, ValueError):
+        return False
+    return True
 
 
 def while_contended(call: Callable[[], T]) -> T:
@@ -165,11 +235,14 @@ def _check_reachable(uri: str) -> None:
     if is_http(uri):
         try:
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=PROBE_SECONDS).close()
-        except urllib.error.HTTPError:
-            return  # It answers; what it refuses, the client's first call says better.
+        except urllib.error.HTTPError as error:
+            if error.code < 500:
+                return  # It answers; what it refuses, the client's first call says better.
+            what = f"the MLflow server cannot answer: HTTP status {error.code}"
+            raise ServerAway(what, where=where, fix=FIX) from error
         except (OSError, HTTPException, ValueError) as error:
             what = f"the MLflow server cannot be reached: {without_secrets(str(error))}"
-            raise InputError(what, where=where, fix=FIX) from error
+            raise ServerAway(what, where=where, fix=FIX) from error
     elif re.match(r"\w+(\+\w+)?://", uri) and not uri.startswith("file:"):
         _check_database(uri, where)
     else:
@@ -196,4 +269,5 @@ def _check_database(uri: str, where: str) -> None:
         engine.dispose()
     except (sqlalchemy.exc.SQLAlchemyError, OSError, ImportError) as error:
         reason = without_secrets(str(getattr(error, "orig", None) or error).splitlines()[0])
-        raise InputError(f"the MLflow database cannot be opened: {reason}", where=where, fix=FIX) from error
+        away = ServerAway if isinstance(error, sqlalchemy.exc.OperationalError) and not is_sqlite else InputError
+        raise away(f"the MLflow database cannot be opened: {reason}", where=where, fix=FIX) from error

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 from uuid import UUID
@@ -22,33 +21,23 @@ from prefect.artifacts import (
     create_progress_artifact,
     update_progress_artifact,
 )
-from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterId,
-    FlowRunFilterParentFlowRunId,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-    FlowRunFilterTags,
-    TaskRunFilter,
-    TaskRunFilterState,
-    TaskRunFilterStateType,
-)
-from prefect.client.schemas.objects import StateType
+from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
-from prefect.settings import PREFECT_API_URL
-from prefect.states import Crashed
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.utilities.urls import url_for
 
+from tasks.attempts import end_dead_runs, end_former_attempt, this_process
 from tasks.environment import TEMPORARY_PREFECT
+from tasks.orphan import outlive_the_worker
 
 if TYPE_CHECKING:
-    from prefect.client.schemas.objects import FlowRun, State
+    from prefect.client.schemas.objects import FlowRun
 
 log = logging.getLogger(__name__)
 
-UNFINISHED = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
 PROGRESS_SECONDS = 2.0
+AWAY_SECONDS = 30.0
+"""How long no progress is shown after it could not be: training does not wait for a server that is away."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -72,7 +61,9 @@ def _recorded(function: Callable[P, T]) -> Callable[P, T | None]:
 
 @_recorded
 def announce_run(identity: str) -> None:
-    """Mark this flow run as working on an experiment, and its dead predecessors as Crashed.
+    """Mark this flow run as working on an experiment, and what killed runs of it left running as Crashed.
+
+    A killed run may be another one, or this one when it is retried.
 
     Args:
         identity: of the experiment or sweep; the run gets the tag `experiment:<identity>` and, as labels, the
@@ -80,13 +71,25 @@ def announce_run(identity: str) -> None:
     """
     run = _this_run()
     assert run is not None
-    tag = f"experiment:{identity}"
+    outlive_the_worker(run)
+    tag = experiment_tag(identity)
     with get_client(sync_client=True) as client:
+        former = client.read_flow_run(run.id)
         client.update_flow_run(run.id, tags=sorted({*run.tags, tag}))
-        client.update_flow_run_labels(run.id, _this_process())
-        for predecessor in _unfinished_with(client, tag):
-            if predecessor.id != run.id and _is_dead(predecessor.labels):
-                _mark_crashed(client, predecessor, run)
+        client.update_flow_run_labels(run.id, this_process())
+        end_former_attempt(client, former)
+        end_dead_runs(client, tag, run)
+
+
+def experiment_tag(identity: str) -> str:
+    """The tag of every flow run that works on this experiment or sweep."""
+    return f"experiment:{identity}"
+
+
+def flow_run_id() -> str:
+    """The id of the running flow's run; "" outside a flow run."""
+    run = _this_run()
+    return "" if run is None else str(run.id)
 
 
 def flow_run_url() -> str:
@@ -102,6 +105,13 @@ def link_to_mlflow(url: str, identity: str) -> None:
     """A link artifact from the flow run to its MLflow run; nothing when there is no page (`url` is "")."""
     if url:
         create_link_artifact(url, "MLflow run", key=f"mlflow-{_slug(identity)}", description="The run in MLflow")
+
+
+@_recorded
+def link_to_report(url: str, identity: str) -> None:
+    """A link artifact to the report for people; nothing when no server shows it (`url` is "")."""
+    if url:
+        create_link_artifact(url, "Report", key=f"report-{_slug(identity)}", description="The report, in plain words")
 
 
 @_recorded
@@ -127,6 +137,7 @@ class ProgressArtifacts:
         self._every = every_seconds
         self._last: dict[str, float] = {}
         self._artifacts: dict[str, UUID] = {}
+        self._away_until = 0.0
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Report that `done` of `total` steps of the part `what` are done."""
@@ -142,10 +153,15 @@ class ProgressArtifacts:
             del self._last[what]
 
     def _show(self, what: str, percent: float) -> None:
-        if what in self._artifacts:
-            _update_progress(self._artifacts[what], percent)
-        elif (artifact := _create_progress(what, percent)) is not None:
-            self._artifacts[what] = artifact
+        if time.monotonic() < self._away_until or _this_run() is None:
+            return
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+            known = self._artifacts.get(what)
+            shown = _create_progress(what, percent) if known is None else _update_progress(known, percent)
+        if shown is None:
+            self._away_until = time.monotonic() + AWAY_SECONDS
+        else:
+            self._artifacts[what] = shown
 
 
 @_recorded
@@ -154,8 +170,8 @@ def _create_progress(what: str, percent: float) -> UUID:
 
 
 @_recorded
-def _update_progress(artifact: UUID, percent: float) -> None:
-    update_progress_artifact(artifact, percent)
+def _update_progress(artifact: UUID, percent: float) -> UUID:
+    return cast(UUID, update_progress_artifact(artifact, percent))
 
 
 def rounds_markdown(rounds: Sequence[Mapping[str, Any]], names: Sequence[str], limits: Sequence[float]) -> str:
@@ -218,54 +234,6 @@ def _mermaid_lines(title: str, at: Sequence[int], lines: Sequence[Sequence[float
 def _this_run() -> FlowRun | None:
     context = FlowRunContext.get()
     return context.flow_run if context is not None else None
-
-
-def _this_process() -> dict[str, Any]:
-    import psutil
-
-    return {"cdpo.host": platform.node(), "cdpo.pid": os.getpid(), "cdpo.started": psutil.Process().create_time()}
-
-
-def _is_dead(labels: Mapping[str, Any]) -> bool:
-    """Whether the process that a run's labels name is certainly gone: it was on this host and no longer is."""
-    import psutil
-
-    if labels.get("cdpo.host") != platform.node():
-        return False
-    try:
-        process = psutil.Process(int(labels["cdpo.pid"]))
-        # A pid is used again after a while; the process it names must have started when the run's did.
-        is_same = abs(process.create_time() - float(labels["cdpo.started"])) < 1.0
-        return not is_same or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
-def _unfinished_with(client: SyncPrefectClient, tag: str) -> list[FlowRun]:
-    unfinished = FlowRunFilterState(type=FlowRunFilterStateType(any_=UNFINISHED))
-    return client.read_flow_runs(flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[tag]), state=unfinished))
-
-
-def _mark_crashed(client: SyncPrefectClient, dead: FlowRun, successor: FlowRun) -> None:
-    """Crashed, for the run and for every subflow and task of it that seems to run."""
-    state: State[Any] = Crashed(
-        message=f"Its process was killed; the run {successor.name} ({successor.id}) continues it."
-    )
-    unfinished_tasks = TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=UNFINISHED)))
-    for run in _with_subflows(client, dead):
-        of_run = FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))
-        for task_run in client.read_task_runs(flow_run_filter=of_run, task_run_filter=unfinished_tasks):
-            client.set_task_run_state(task_run.id, state, force=True)
-        client.set_flow_run_state(run.id, state, force=True)
-    log.info("the killed Prefect run %s is marked Crashed; this run continues it", dead.name)
-
-
-def _with_subflows(client: SyncPrefectClient, run: FlowRun) -> Iterator[FlowRun]:
-    yield run
-    unfinished = FlowRunFilterState(type=FlowRunFilterStateType(any_=UNFINISHED))
-    below = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[run.id]), state=unfinished)
-    for child in client.read_flow_runs(flow_run_filter=below):
-        yield from _with_subflows(client, child)
 
 
 def _slug(text: str) -> str:

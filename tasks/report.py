@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.evaluation import figures
 from cdpo_core.evaluation.measure import Measured
 from cdpo_core.evaluation.result import cost_figures
 from cdpo_core.tables import write_table
 from tasks.dual import OfflinePlan, predicted_curve
 from tasks.environment import cdpo_home
+from tasks.html_report import experiment_report
 from tasks.records import Prepared
+from tasks.report_store import FILE, copy_report, publish_report, report_key
 from tasks.workbench import Workbench
 
 
@@ -88,3 +91,31 @@ def write_samples(bench: Workbench, prepared: Prepared, test: Mapping[str, Measu
     chosen = table.iloc[rows].reset_index()
     chosen.insert(1, "prompt", chosen["prompt_id"].map(prompts))
     write_table(chosen.round(4), folder / "samples.parquet")
+
+
+def write_report(bench: Workbench, result: Mapping[str, Any], folder: Path) -> ArtifactRef:
+    """The report for people, `report.html`, in the store and in the folder; returns the store's reference.
+
+    Args:
+        bench: of the experiment.
+        result: its result record.
+        folder: with its figures and samples.
+    """
+    figures_ = sorted(folder.glob("*.png"))
+    table = folder / "samples.parquet"
+    samples = pd.read_parquet(table) if table.exists() else None
+    html = experiment_report(result, bench.config, figures_, samples)
+    # How often the held-out prompts were used grows with other experiments; this one's report stays as it was.
+    key = report_key(experiment_report(_unspent(result), bench.config, figures_, samples))
+    inputs = {name: result[name]["digest"] for name in ("data", "pool_scores", "policy") if result[name]}
+    ref = publish_report(bench.store, key, {FILE: html}, inputs)
+    copy_report(bench.store, ref, folder)
+    return ref
+
+
+def _unspent(result: Mapping[str, Any]) -> dict[str, Any]:
+    def without(certificate: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        return None if certificate is None else {**certificate, "spent": None}
+
+    constraints = [{**item, "certificate": without(item["certificate"])} for item in result["constraints"]]
+    return {**result, "certificate": without(result["certificate"]), "constraints": constraints}

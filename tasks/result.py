@@ -50,6 +50,11 @@ class Outcome:
     floor: Sequence[float]
 
 
+def outcome_name(run_id: str) -> str:
+    """Where the store keeps the result record that a Prefect flow run ended with."""
+    return f"outcomes/{run_id}"
+
+
 def experiment_result(
     bench: Workbench, journal: Journal, plan: OfflinePlan, scorers: Mapping[str, Any], outcome: Outcome
 ) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from s3transfer.exceptions import RetriesExceededError
 
 from cdpo_core.errors import StoreUnavailable
 from tasks.mlflow_connection import without_secrets
+from tasks.patience import StoreAway
 
 if TYPE_CHECKING:
     from boto3.s3.transfer import TransferConfig
@@ -106,7 +107,8 @@ def check_answers(uri: str) -> None:
         uri: `s3://bucket/prefix`.
 
     Raises:
-        StoreUnavailable: it does not answer within 30 seconds, or there are no credentials.
+        StoreAway: it does not answer within 30 seconds.
+        StoreUnavailable: there are no credentials.
     """
     try:
         in_time(lambda: connect(patient=False).head_bucket(Bucket=urlsplit(uri).netloc), uri)
@@ -123,7 +125,7 @@ def in_time(ask: Callable[[], object], uri: str) -> None:
         uri: the store, for the message.
 
     Raises:
-        StoreUnavailable: no answer in time.
+        StoreAway: no answer in time.
     """
     answer: Future[None] = Future()
 
@@ -140,7 +142,7 @@ def in_time(ask: Callable[[], object], uri: str) -> None:
         answer.result(ANSWER_SECONDS)
     except TimeoutError as error:
         what = f"the S3 server did not answer within {ANSWER_SECONDS:g} s"
-        raise StoreUnavailable(what, where=uri, fix="check AWS_ENDPOINT_URL, the server and the network") from error
+        raise StoreAway(what, where=uri, fix="check AWS_ENDPOINT_URL, the server and the network") from error
 
 
 @cache
@@ -165,7 +167,7 @@ def may_pass(error: Exception) -> bool:
 
 
 def unavailable(error: Exception, uri: str) -> StoreUnavailable:
-    """What went wrong, for the user; no secret of the environment is in it."""
+    """What went wrong, for the user (StoreAway if it may pass); no secret of the environment is in it."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
     where = f"{uri} on {without_secrets(endpoint)}"
     if isinstance(error, _NO_CREDENTIALS):
@@ -177,5 +179,8 @@ def unavailable(error: Exception, uri: str) -> StoreUnavailable:
     first_line = without_secrets(str(error)).splitlines()[0][:200]
     if isinstance(error, _AWAY):
         fix = "start the server, check AWS_ENDPOINT_URL and the network, then run the same command again"
-        return StoreUnavailable(f"the S3 server cannot be reached: {first_line}", where=where, fix=fix)
-    return StoreUnavailable(f"the S3 server reports: {first_line}", where=where, fix="check the store's address")
+        return StoreAway(f"the S3 server cannot be reached: {first_line}", where=where, fix=fix)
+    what = f"the S3 server reports: {first_line}"
+    if may_pass(error):
+        return StoreAway(what, where=where, fix="run the same command again")
+    return StoreUnavailable(what, where=where, fix="check the store's address")

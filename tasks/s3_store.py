@@ -7,6 +7,7 @@ verified when they are read, like any object.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import time
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +25,7 @@ from botocore.exceptions import ClientError
 
 from cdpo_core.artifacts import BLOCK, FileEntry, Manifest, checked_name, parse_manifest, parse_record
 from cdpo_core.errors import CorruptArtifact, StoreUnavailable
-from cdpo_core.local_store import ObjectFolder, disk_errors
+from cdpo_core.local_store import REFRESH_SECONDS, ObjectFolder, disk_errors
 from tasks.s3_connection import (
     TRANSPORT_ERRORS,
     S3Client,
@@ -40,7 +42,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 OUTAGE_SECONDS = 180.0
-"""How long a running experiment waits for a store that stopped answering."""
+"""How long a running experiment waits for a store that stopped answering, counted from the first failure."""
+FEWEST_TRIES = 4
+"""A large file may take longer than that, and its upload be cut each time by a short failure."""
 PARALLEL = 8
 
 _MISSING = {"404", "NoSuchKey", "NotFound"}
@@ -78,17 +82,21 @@ class S3Store:
         with self._cache_errors():
             for entry in manifest.entries:
                 self._cache.add(sources[entry.sha256], entry)
-        self._each(self._upload, manifest.entries)
-        name = f"stages/{manifest.stage}/{manifest.key}.json"
+        uploaded = self._each(self._upload, manifest.entries)
+        name = _manifest(manifest)
         while not self._write_new(name, manifest.model_dump_json(indent=1)):
             winner = self.find(manifest.stage, manifest.key)
             if winner is not None:
                 return winner
+        # Until the manifest said that they are needed, what was there before us could be cleaned away.
+        self._each(self._upload, [entry for entry, new in zip(manifest.entries, uploaded, strict=True) if not new])
         return manifest
 
     def check(self, manifest: Manifest) -> None:
-        """Check that every object is in the bucket in its full size."""
+        """Check that every object is in the bucket in its full size, and note that the artifact is in use."""
         self._each(self._check_size, manifest.entries)
+        if not self._refresh(_manifest(manifest), self._head(_manifest(manifest))):
+            raise CorruptArtifact("a manifest is gone", where=self._where(_manifest(manifest)))
 
     def fetch(self, manifest: Manifest) -> Path:
         """A local folder with the artifact's files: from the cache or downloaded, every byte verified."""
@@ -103,7 +111,7 @@ class S3Store:
         for entry in manifest.entries:
             if self._stored_sha256(entry) != entry.sha256:
                 self._move_aside(_object(entry))
-        self._move_aside(f"stages/{manifest.stage}/{manifest.key}.json")
+        self._move_aside(_manifest(manifest))
 
     def manifests(self) -> list[Manifest]:
         """Every readable manifest, sorted by (stage, key)."""
@@ -148,7 +156,8 @@ class S3Store:
             client.delete_object(**address)
         except TRANSPORT_ERRORS as error:
             raise unavailable(error, self.uri) from error
-        if written != (True, False) or kept != b"1":
+        # The first write may be refused by its own retry, when the answer to the first try was lost.
+        if written[1] or kept != b"1":
             raise StoreUnavailable(
                 "this S3 server ignores if-none-match: two runs could overwrite each other's results",
                 where=self.uri,
@@ -173,38 +182,62 @@ class S3Store:
 
     def _call(self, request: Callable[[S3Client], T]) -> T:
         """One request, repeated while the server is away; a missing key passes through as ClientError."""
-        client, started, pause = self._client, time.monotonic(), 1.0
-        while True:
+        client, failing_since, pause = self._client, 0.0, 1.0
+        for tried in itertools.count(1):
             try:
                 return request(client)
             except TRANSPORT_ERRORS as error:
                 if error_code(error) in _MISSING:
                     raise
-                if not may_pass(error) or time.monotonic() - started > OUTAGE_SECONDS:
+                failing_since = failing_since or time.monotonic()
+                is_over = time.monotonic() - failing_since > OUTAGE_SECONDS and tried >= FEWEST_TRIES
+                if is_over or not may_pass(error):
                     raise unavailable(error, self.uri) from error
                 log.warning("the store does not answer, trying again: %s", unavailable(error, self.uri).what)
             time.sleep(pause)
             pause = min(2 * pause, 10.0)
+        raise AssertionError("a try returns or raises")
 
     def _each(self, action: Callable[[Any], T], items: Iterable[Any]) -> list[T]:
         with ThreadPoolExecutor(PARALLEL) as pool:
             return list(pool.map(action, items))
 
-    def _size(self, entry: FileEntry) -> int | None:
+    def _head(self, name: str) -> dict[str, Any] | None:
         try:
-            return self._call(lambda s3: s3.head_object(**self._address(_object(entry)))["ContentLength"])
+            head: dict[str, Any] = self._call(lambda s3: s3.head_object(**self._address(name)))
         except ClientError:
             return None
+        return head
+
+    def _refresh(self, name: str, head: dict[str, Any] | None) -> bool:
+        """Make an object young again if it is older than REFRESH_SECONDS; False when it is not there."""
+        if head is None:
+            return False
+        now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
+        if (now - head["LastModified"]).total_seconds() < REFRESH_SECONDS:
+            return True
+        place = self._address(name)
+        anew = {"MetadataDirective": "REPLACE"}  # or S3 refuses to copy an object onto itself
+        try:
+            self._call(
+                lambda s3: s3.copy(place, place["Bucket"], place["Key"], ExtraArgs=anew, Config=transfer_settings())
+            )
+        except ClientError:
+            return False
+        return True
 
     def _check_size(self, entry: FileEntry) -> None:
-        size = self._size(entry)
+        head = self._head(_object(entry))
+        size = None if head is None else head["ContentLength"]
         if size != entry.size:
             state = "is missing" if size is None else f"has {size} bytes instead of {entry.size}"
             raise CorruptArtifact(f"a stored object {state}", where=self._where(_object(entry)))
 
-    def _upload(self, entry: FileEntry) -> None:
-        if self._size(entry) == entry.size:
-            return
+    def _upload(self, entry: FileEntry) -> bool:
+        """Store an object, unless it is there in its full size; whether it was stored now."""
+        head = self._head(_object(entry))
+        if head is not None and head["ContentLength"] == entry.size and self._refresh(_object(entry), head):
+            return False
         address = self._address(_object(entry))
 
         def upload(s3: S3Client) -> None:
@@ -212,6 +245,7 @@ class S3Store:
                 s3.upload_fileobj(stream, address["Bucket"], address["Key"], Config=transfer_settings())
 
         self._call(upload)
+        return True
 
     def _download(self, entry: FileEntry) -> None:
         address = self._address(_object(entry))
@@ -277,6 +311,10 @@ class S3Store:
 
 def _object(entry: FileEntry) -> str:
     return f"objects/{entry.sha256}"
+
+
+def _manifest(manifest: Manifest) -> str:
+    return f"stages/{manifest.stage}/{manifest.key}.json"
 
 
 def _record(name: str) -> str:

@@ -2,38 +2,56 @@
 
 There is no active run and no autolog. A run belongs to an identity (its parent run and its
 experiment's key), is claimed once in the artifact store, and is continued by whoever comes with that
-identity. Points carry their records' timestamps, files their digests: what is there is not sent again.
+identity. What cannot be sent because MLflow is away is kept in the store and sent later.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-import tempfile
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 import yaml
 
-from cdpo_core.artifacts import ArtifactRef, Store, file_sha256
+from cdpo_core.artifacts import ArtifactRef, Store
 from cdpo_core.errors import CdpoError
-from tasks.metric_points import MetricPoint, tag_text, varying_params
-from tasks.mlflow_connection import connect, is_http, mlflow_errors, while_contended, without_secrets
+from tasks.metric_points import MetricPoint, varying_params
+from tasks.mlflow_calls import Calls
+from tasks.mlflow_connection import (
+    address,
+    answers,
+    connect,
+    is_http,
+    mlflow_errors,
+    while_contended,
+    without_secrets,
+)
+from tasks.outbox import Outbox
+from tasks.patience import ServerAway, when_there
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from cdpo_core.config import ExperimentConfig, TrackingConfig
 
+log = logging.getLogger(__name__)
+
 IDENTITY_TAG = "cdpo.identity"
-FILES_TAG = "cdpo.files"
-POINTS_A_BATCH = 1000
+# MLflow 3's UI opens for GenAI traces unless an address says otherwise.
+TRAINING_UI = "workflowType=machine_learning"
+AGAIN = "run the same command again: it continues and sends the rest"
+GLANCE_EVERY_SECONDS = 5.0
+END_SECONDS = 45.0
+"""How long the end of a run waits for an MLflow that is away, before what is kept is left to a later run."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
+S = TypeVar("S", bound="Tracker")
 
 
 def experiment_key(config: ExperimentConfig, inputs: Mapping[str, str] | None = None) -> str:
@@ -54,16 +72,13 @@ def experiment_key(config: ExperimentConfig, inputs: Mapping[str, str] | None = 
     return _digest(values)
 
 
-def _tracked(default: T) -> Callable[[Callable[Concatenate[Tracker, P], T]], Callable[Concatenate[Tracker, P], T]]:
-    """A method that does nothing and returns `default` when tracking is off, and whose errors are the user's."""
+def _tracked(default: T) -> Callable[[Callable[Concatenate[S, P], T]], Callable[Concatenate[S, P], T]]:
+    """A method that does nothing and returns `default` when tracking is off."""
 
-    def decorate(method: Callable[Concatenate[Tracker, P], T]) -> Callable[Concatenate[Tracker, P], T]:
+    def decorate(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
         @wraps(method)
-        def call(self: Tracker, *args: P.args, **kwargs: P.kwargs) -> T:
-            if not self.enabled:
-                return default
-            with mlflow_errors(CdpoError, self.uri, "run the same command again: it continues and sends the rest"):
-                return while_contended(lambda: method(self, *args, **kwargs))
+        def call(self: S, *args: P.args, **kwargs: P.kwargs) -> T:
+            return method(self, *args, **kwargs) if self.enabled else default
 
         return call
 
@@ -73,17 +88,21 @@ def _tracked(default: T) -> Callable[[Callable[Concatenate[Tracker, P], T]], Cal
 class Tracker:
     """Sends what an experiment records to MLflow; a disabled one does nothing and returns empty ids.
 
-    MLflow's own client retries for some minutes when its server is away. After that a call raises CdpoError;
-    everything computed is kept, and the same command sends what is missing.
+    MLflow must be there when a run begins. When it is away later, its entries go to the store's outbox, in order,
+    and are sent as soon as it answers: before the next entry, at the run's end, or by whichever process next opens
+    the same MLflow with the same store. What MLflow refuses is a CdpoError.
     """
 
     def __init__(self, client: Any = None, uri: str = "", experiment_id: str = "", store: Store | None = None) -> None:
         self._client, self._uri, self._experiment_id, self._store = client, uri, experiment_id, store
-        self._files: dict[str, dict[str, str]] = {}
+        self._calls = Calls(client)
+        self._outbox = Outbox(store, self.uri) if store is not None else None
+        self._behind: set[str] = set()
+        self._glanced = -GLANCE_EVERY_SECONDS
 
     @classmethod
-    def open(cls, tracking: TrackingConfig, store: Store, home: Path) -> Tracker:
-        """Connect to MLflow and find or make the experiment.
+    def open(cls, tracking: TrackingConfig, store: Store, home: Path) -> Self:
+        """Connect to MLflow, find or make the experiment, and send what was kept for it while it was away.
 
         Args:
             tracking: the config's section; its uri, else MLFLOW_TRACKING_URI, else sqlite under `home`.
@@ -91,12 +110,17 @@ class Tracker:
             home: the state folder (`cdpo_home()`).
 
         Raises:
-            InputError: MLflow cannot be reached or refuses, within 30 seconds.
+            ServerAway: MLflow does not answer within 30 seconds, or some minutes where nobody would type the command
+                again (tasks.patience).
+            InputError: it refuses.
         """
         if not tracking.enabled:
             return cls()
-        client, uri, experiment_id = connect(tracking, home)
-        return cls(client, uri, experiment_id, store)
+        where = without_secrets(address(tracking, home))
+        client, uri, experiment_id = when_there(where, lambda: connect(tracking, home))
+        tracker = cls(client, uri, experiment_id, store)
+        tracker.deliver()
+        return tracker
 
     @property
     def enabled(self) -> bool:
@@ -129,69 +153,74 @@ class Tracker:
 
         Returns:
             The MLflow run id; the same one to every process that asks with the same identity.
+
+        Raises:
+            ServerAway: MLflow was there and does not come back within some minutes.
         """
-        identity = _digest([parent_run_id, identity_key])
-        run_id = self._claimed(identity, name, parent_run_id)
-        run = self._client.get_run(run_id)
-        if run.info.status != "RUNNING":
-            self._client.update_run(run_id, status="RUNNING")
-        self._files[run_id] = json.loads(run.data.tags.get(FILES_TAG, "{}"))
+        run = when_there(self.uri, lambda: self._asked(lambda: self._running(identity_key, name, parent_run_id)))
+        run_id: str = run.info.run_id
+        self._calls.know_files(run_id, run.data.tags)
         if prefect_url:
             note = f"[Prefect run]({prefect_url})"
-            self._set_tags(run_id, {"prefect.flow_run": prefect_url, "mlflow.note.content": note})
+            self.set_tags(run_id, {"prefect.flow_run": prefect_url, "mlflow.note.content": note})
         if config is not None:
             # A data file that was moved is the same experiment under another name; the first name stays.
             params = {key: value for key, value in varying_params(config).items() if key not in run.data.params}
-            self._log_params(run_id, params)
+            self.log_params(run_id, params)
             text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-            self._log_bytes(run_id, without_secrets(text).encode(), "config.yaml")
+            self._submit(run_id, "file", path="config.yaml", content=without_secrets(text).encode())
         return run_id
 
     @_tracked(None)
     def log_points(self, run_id: str, points: Sequence[MetricPoint]) -> None:
         """Send metric points; those that are there already (name, step, time, value) stay single."""
-        from mlflow.entities import Metric
-
-        metrics = [Metric(point.name, point.value, point.timestamp_ms, point.step) for point in points]
-        for first in range(0, len(metrics), POINTS_A_BATCH):
-            self._client.log_batch(run_id, metrics=metrics[first : first + POINTS_A_BATCH])
+        self._submit(
+            run_id, "points", points=[[point.name, point.value, point.step, point.timestamp_ms] for point in points]
+        )
 
     @_tracked(None)
     def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
         """Send params; MLflow refuses to change one that is there."""
-        self._log_params(run_id, params)
+        self._submit(run_id, "params", params=dict(params))
 
     @_tracked(None)
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags, replacing their former values."""
-        self._set_tags(run_id, tags)
+        self._submit(run_id, "tags", tags=dict(tags))
 
     @_tracked(None)
     def log_file(self, run_id: str, file: Path, artifact_path: str) -> None:
         """Send a local file (a figure, a report) to `artifact_path`, unless the same bytes are there already."""
-        self._log_file(run_id, file, artifact_path)
+        if file.name != artifact_path.rpartition("/")[2]:
+            raise ValueError(f"{file} is sent as {artifact_path}: the file's name must be the path's last part")
+        self._submit(run_id, "file", path=artifact_path, content=file)
+
+    @_tracked(None)
+    def log_text(self, run_id: str, text: str, artifact_path: str) -> None:
+        """Send a text to `artifact_path`."""
+        self._submit(run_id, "file", path=artifact_path, content=text.encode())
 
     @_tracked(None)
     def log_record(self, run_id: str, record: Mapping[str, Any], artifact_path: str) -> None:
         """Send a JSON record to `artifact_path`."""
-        self._log_bytes(run_id, json.dumps(record, indent=2, ensure_ascii=False).encode(), artifact_path)
+        text = json.dumps(record, indent=2, ensure_ascii=False)
+        self._submit(run_id, "file", path=artifact_path, content=text.encode())
 
     @_tracked(None)
     def log_table(self, run_id: str, table: pd.DataFrame, artifact_path: str) -> None:
-        """Send a table the UI shows as one; `artifact_path` ends in .json.
-
-        MLflowClient.log_table appends to a table that is there, which would double it on every resume.
-        """
+        """Send a table the UI shows as one; `artifact_path` ends in .json."""
         text = table.to_json(orient="split", index=False)
-        self._log_bytes(run_id, text.encode(), artifact_path)
-        logged = json.loads(self._client.get_run(run_id).data.tags.get("mlflow.loggedArtifacts", "[]"))
-        entry = {"path": artifact_path, "type": "table"}
-        if entry not in logged:
-            self._set_tags(run_id, {"mlflow.loggedArtifacts": json.dumps([*logged, entry])})
+        self._submit(run_id, "table", path=artifact_path, content=text.encode())
 
     @_tracked("")
     def register_policy(
-        self, run_id: str, name: str, policy: ArtifactRef, certificate: Mapping[str, Any], tags: Mapping[str, str]
+        self,
+        run_id: str,
+        name: str,
+        policy: ArtifactRef,
+        certificate: Mapping[str, Any],
+        tags: Mapping[str, str],
+        description: str = "",
     ) -> str:
         """Register a policy as a model version that points at the artifact store, once for each run and policy.
 
@@ -201,38 +230,126 @@ class Tracker:
             policy: the chosen policy's reference; nothing is copied into MLflow.
             certificate: the certificate's record, which becomes tags `certificate.<field>`.
             tags: further tags (limit, lambda).
+            description: of the version (markdown).
 
         Returns:
-            The version.
+            The version; "" when MLflow is away and will be told later.
         """
-        name = re.sub(r"[/:'\"`]", "-", name)
-        self._ensure_registered_model(name)
-        mine = f"name = '{name}' and run_id = '{run_id}'"
-        for version in self._client.search_model_versions(mine):
-            if version.tags.get("policy.digest") == policy.digest:
-                return str(version.version)
-        # A server refuses local paths as sources, so those get a scheme of their own.
-        source = policy.uri if "://" in policy.uri else f"cdpo://{policy.uri}"
-        all_tags = {"policy.uri": policy.uri, "policy.digest": policy.digest, **tags}
-        all_tags |= {f"certificate.{key}": tag_text(value) for key, value in certificate.items()}
-        version = self._client.create_model_version(name, source, run_id=run_id, tags=all_tags)
-        return str(version.version)
+        policy_is = {"uri": policy.uri, "digest": policy.digest, "description": description}
+        version = self._submit(run_id, "policy", name=name, **policy_is, certificate=dict(certificate), tags=dict(tags))
+        return str(version or "")
 
     @_tracked(None)
     def finish(self, run_id: str, status: str = "FINISHED", ended_ms: int = 0) -> None:
-        """End the run as FINISHED, FAILED or KILLED.
+        """End the run as FINISHED, FAILED or KILLED; a finished one waits a while for an MLflow that is away.
 
         Args:
             ended_ms: when its last record was made (milliseconds), so that repeating a finished run does not
                 lengthen it; 0 is now.
         """
-        self._client.set_terminated(run_id, status, end_time=ended_ms or None)
+        self._submit(run_id, "end", status=status, ended_ms=ended_ms or time.time_ns() // 1_000_000)
+        if status == "FINISHED" and run_id in self._behind:
+            left = self.deliver(END_SECONDS)
+            if left:
+                log.warning("MLflow was away: %d entries are kept in the store and are sent by the next run", left)
 
-    def run_url(self, run_id: str) -> str:
-        """The run's page on the MLflow server; "" without a server."""
+    @_tracked(0)
+    def kept(self) -> int:
+        """How many entries wait in the store for this MLflow."""
+        return len(self._outbox.names()) if self._outbox else 0
+
+    @_tracked(0)
+    def deliver(self, seconds: float = 0.0) -> int:
+        """Send what is kept for this MLflow, of whichever run and process.
+
+        Args:
+            seconds: how long to try while it is away.
+
+        Returns:
+            How many entries are left.
+        """
+        deadline = time.monotonic() + seconds
+        while (left := self._deliver_once()) and time.monotonic() < deadline:
+            time.sleep(1)
+        return left
+
+    def run_url(self, run_id: str, part: str = "") -> str:
+        """The run's page on the MLflow server, or a part of it (see `run_page`); "" without a server."""
         if not (self.enabled and run_id and is_http(self._uri)):
             return ""
-        return f"{self.uri.rstrip('/')}/#/experiments/{self._experiment_id}/runs/{run_id}"
+        return f"{self.uri.rstrip('/')}/{self.run_page(run_id, part)}"
+
+    def run_page(self, run_id: str, part: str = "") -> str:
+        """The run's page within MLflow's UI, for links from its own texts; `part` as `/artifacts/report.html`."""
+        return f"#/experiments/{self._experiment_id}/runs/{run_id}{part}?{TRAINING_UI}"
+
+    def _asked(self, call: Callable[[], T]) -> T:
+        """What MLflow answers; its errors are the user's."""
+        with mlflow_errors(CdpoError, self.uri, AGAIN, away=ServerAway):
+            return while_contended(call)
+
+    def _submit(self, run_id: str, call: str, **arguments: Any) -> Any:
+        """Send a call, or keep it behind what is kept already; returns what it returns, None when it is kept."""
+        if run_id in self._behind and not self._caught_up(run_id):
+            self._keep(run_id, call, arguments)
+            return None
+        try:
+            return self._asked(lambda: self._calls.send(run_id, call, arguments))
+        except ServerAway as error:
+            log.warning("%s; what it is to be told is kept in the store and sent later", error.what)
+            self._keep(run_id, call, arguments)
+            return None
+
+    def _keep(self, run_id: str, call: str, arguments: Mapping[str, Any]) -> None:
+        assert self._outbox is not None
+        self._outbox.keep(run_id, call, arguments)
+        self._behind.add(run_id)
+
+    def _caught_up(self, run_id: str) -> bool:
+        """Whether nothing of the run waits any more, after a try to send it if the last one was a while ago."""
+        assert self._outbox is not None
+        if time.monotonic() - self._glanced >= GLANCE_EVERY_SECONDS:
+            self._deliver_once()
+        if self._outbox.names(run_id):
+            return False
+        self._behind.discard(run_id)
+        return True
+
+    def _deliver_once(self) -> int:
+        assert self._outbox is not None
+        waiting = self._outbox.runs()
+        if waiting and answers(self._uri):
+            sent = sum(self._deliver_run(run_id) for run_id in waiting)
+            log.info("MLflow was sent %d entries that had been kept while it was away", sent)
+        self._glanced = time.monotonic()
+        return self.kept() if waiting else 0
+
+    def _deliver_run(self, run_id: str) -> int:
+        """Send a run's entries in order, until one cannot be sent now; returns how many were sent."""
+        assert self._outbox is not None
+        sent = 0
+        for name in self._outbox.names(run_id):
+            entry = self._outbox.read(name)
+            if entry is None:  # another process has sent it
+                continue
+            try:
+                self._asked(partial(self._calls.send, entry.run_id, entry.call, entry.arguments))
+            except ServerAway:
+                break
+            except CdpoError as error:
+                log.warning("an entry kept for MLflow is refused and set aside: %s", error.what)
+                self._outbox.set_aside(name, error.what)
+            else:
+                self._outbox.remove(name)
+                sent += 1
+        return sent
+
+    def _running(self, identity_key: str, name: str, parent_run_id: str) -> Any:
+        run_id = self._claimed(_digest([parent_run_id, identity_key]), name, parent_run_id)
+        run = self._client.get_run(run_id)
+        if run.info.status != "RUNNING":
+            self._client.update_run(run_id, status="RUNNING")
+        return run
 
     def _claimed(self, identity: str, name: str, parent_run_id: str) -> str:
         """The run that holds the identity's newest claim, after making and claiming one if none is alive."""
@@ -273,43 +390,6 @@ class Tracker:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return False
             raise
-
-    def _log_params(self, run_id: str, params: Mapping[str, str]) -> None:
-        from mlflow.entities import Param
-
-        self._client.log_batch(run_id, params=[Param(key, str(value)) for key, value in params.items()])
-
-    def _set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
-        from mlflow.entities import RunTag
-
-        self._client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
-
-    def _log_bytes(self, run_id: str, content: bytes, artifact_path: str) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / Path(artifact_path).name
-            file.write_bytes(content)
-            self._log_file(run_id, file, artifact_path)
-
-    def _log_file(self, run_id: str, file: Path, artifact_path: str) -> None:
-        sent = self._files.setdefault(run_id, {})
-        digest = file_sha256(file)[:16]
-        if sent.get(artifact_path) == digest:
-            return
-        folder, _, name = artifact_path.rpartition("/")
-        if file.name != name:
-            raise ValueError(f"{file} is sent as {artifact_path}: the file's name must be the path's last part")
-        self._client.log_artifact(run_id, str(file), folder or None)
-        sent[artifact_path] = digest
-        self._set_tags(run_id, {FILES_TAG: json.dumps(sent, sort_keys=True)})
-
-    def _ensure_registered_model(self, name: str) -> None:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            self._client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
 
 
 def _digest(value: Any) -> str:

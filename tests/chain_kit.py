@@ -85,6 +85,9 @@ class Running:
         command = [sys.executable, "-m", "flows.cli", "run", *words(*arguments), "--json", str(self.result)]
         environment = {**os.environ, "CDPO_HOME": str(home), "PREFECT_API_URL": prefect_api}
         environment.pop("MLFLOW_TRACKING_URI", None)
+        if not prefect_api:  # the command starts a server of its own
+            del environment["PREFECT_API_URL"]
+            environment["PREFECT_HOME"] = str(home / "prefect")
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
@@ -114,6 +117,21 @@ class Running:
         """`kill -9` the whole group, if it is there still."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def stored(home: Path, stage: str) -> int:
+    """How many artifacts of a stage the store under a state folder holds."""
+    return len(list(home.glob(f"store/stages/{stage}/*.json")))
+
+
+def training(home: Path, stage: str, before: str, count: int = 1) -> Moment:
+    """A moment in the middle of a training: what comes before it is there, it has left a checkpoint and no more."""
+
+    def moment() -> bool:
+        is_next = stored(home, before) >= count and not stored(home, stage)
+        return is_next and any(home.glob("scratch/*/checkpoint.safetensors"))
+
+    return moment
 
 
 def digests(store: str | Path) -> dict[str, str]:

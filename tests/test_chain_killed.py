@@ -8,7 +8,19 @@ from random import Random
 from typing import Any, NamedTuple
 
 import pytest
-from chain_kit import Finished, Moment, Running, config, digests, mlflow_runs, new_home, numbers, trajectory
+from chain_kit import (
+    Finished,
+    Moment,
+    Running,
+    config,
+    digests,
+    mlflow_runs,
+    new_home,
+    numbers,
+    stored,
+    training,
+    trajectory,
+)
 from prefect import get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
@@ -32,26 +44,12 @@ class Survivor(NamedTuple):
     kills: int
 
 
-def _stored(home: Path, stage: str) -> int:
-    return len(list(home.glob(f"store/stages/{stage}/*.json")))
-
-
-def _training(home: Path, stage: str, before: str, stored: int = 1) -> Moment:
-    """A moment in the middle of a training: what comes before it is there, it has left a checkpoint and no more."""
-
-    def moment() -> bool:
-        is_next = _stored(home, before) >= stored and not _stored(home, stage)
-        return is_next and any(home.glob("scratch/*/checkpoint.safetensors"))
-
-    return moment
-
-
-def _after(home: Path, stage: str, stored: int, seconds: float) -> Moment:
-    """A moment some time after the `stored`-th artifact of a stage was published."""
+def _after(home: Path, stage: str, count: int, seconds: float) -> Moment:
+    """A moment some time after the `count`-th artifact of a stage was published."""
     since: list[float] = []
 
     def moment() -> bool:
-        if not since and _stored(home, stage) >= stored:
+        if not since and stored(home, stage) >= count:
             since.append(time.monotonic())
         return bool(since) and time.monotonic() >= since[0] + seconds
 
@@ -65,11 +63,11 @@ def survivor(
     """Killed while each kind of model is trained, and somewhere in between; then left in peace."""
     home = new_home(tmp_path_factory.mktemp("killed"), _empty_mlflow_database)
     random = Random(0)
-    rounds = _stored(finished.home, "round")
+    rounds = stored(finished.home, "round")
     moments = [
-        _training(home, "sft", "data"),
-        _training(home, "scorers", "sft"),
-        _training(home, "round", "scores", 2),
+        training(home, "sft", "data"),
+        training(home, "scorers", "sft"),
+        training(home, "round", "scores", 2),
         _after(home, "round", min(2, rounds), random.uniform(0, 0.5)),
     ]
     for moment in moments:

@@ -17,6 +17,7 @@ from cdpo_core.config import ExperimentConfig
 from cdpo_core.errors import InputError, TrainingError
 from flows.cli import main
 from flows.command_line import split_tokens
+from flows.sweep import ChildrenFailed
 from flows.terminal import PlainLines, StageProgress
 
 ESTIMATE = {"mean": 0.5, "low": 0.4, "high": 0.6}
@@ -78,7 +79,7 @@ def _logger_names() -> list[str]:
 @pytest.fixture
 def flows(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     """The flows, replaced by what the test sets: `outcome` is returned, or raised if it is an exception."""
-    stage = types.SimpleNamespace(outcome=record(), configs=[], limits=[])
+    stage = types.SimpleNamespace(outcome=record(), configs=[], swept=[])
 
     def run_experiment(config: ExperimentConfig, *, progress: Any) -> Any:
         stage.configs.append(config)
@@ -89,8 +90,8 @@ def flows(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
             raise stage.outcome
         return stage.outcome
 
-    def run_sweep(config: ExperimentConfig, limits: list[float], *, progress: Any) -> Any:
-        stage.limits.append(limits)
+    def run_sweep(config: ExperimentConfig, *varied: Any, at_once: int | None, progress: Any) -> Any:
+        stage.swept.append((*varied, at_once))
         return run_experiment(config, progress=progress)
 
     def plan_experiment(config: ExperimentConfig) -> Any:
@@ -98,7 +99,7 @@ def flows(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 
     replaced = {
         "experiment": {"run_experiment": run_experiment},
-        "sweep": {"run_sweep": run_sweep},
+        "sweep": {"run_sweep": run_sweep, "ChildrenFailed": ChildrenFailed},
         "plan": {"plan_experiment": plan_experiment},
         "preflight": {"check_before_run": lambda config: None},
     }
@@ -241,6 +242,8 @@ def test_an_interrupt_says_that_the_same_command_continues(
         ("sweep tiny --limits -1,nan", "finite"),
         ("sweep tiny --limits -1,-1.0", "given twice"),
         ("sweep tiny --limits -1 --set beta", "no setting"),
+        ("sweep tiny --limits -1 --seeds 0,x", "'x' is no seed"),
+        ("sweep tiny --limits -1 --at-once -1", "at-once"),
         ("sweep tiny --limits -1 --set dpo.beta=1,-1", "greater than 0"),
         ("check-data nowhere.jsonl", "nowhere.jsonl"),
         ("export nothing out", "no reference"),
@@ -264,31 +267,48 @@ def test_bad_input_exits_2_with_a_short_error(
     assert flows.configs == []
 
 
-def test_a_sweep_over_limits_and_settings(flows: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
-    point = {
-        "limit": -0.5,
-        "status": "certified",
-        "lambda": 0.8,
-        "reward": ESTIMATE,
-        "cost": ESTIMATE,
-        "true_cost": 0.1,
-    }
-    chosen = {"limit": -0.5, "lambda": 0.8, "policy": POLICY, "test": FIGURES}
-    flows.outcome = {"children": [record()], "frontier": [point], "chosen": chosen}
+def _point(limit: float, settings: dict[str, Any]) -> dict[str, Any]:
+    point = {"limit": limit, "settings": settings, "status": "certified", "lambda": 0.8, "true_cost": 0.1}
+    return {**point, "reward": ESTIMATE, "cost": ESTIMATE, "certificate": {"mean": -0.6, "upper": -0.52}}
+
+
+def test_a_sweep_over_limits(flows: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = {"limit": -0.5, "settings": {}, "lambda": 0.8, "policy": POLICY, "test": FIGURES}
+    flows.outcome = {"children": [record()], "failed": [], "frontier": [_point(-0.5, {})], "chosen": chosen}
     assert main(["sweep", "tiny", "--limits", "-1,-0.5", "--json", "r.json"]) == 0
-    assert flows.limits == [[-1.0, -0.5]]
+    assert flows.swept == [([-1.0, -0.5], [], [], None)]
     assert set(json.loads(Path("r.json").read_text())) >= {"children", "frontier", "chosen"}
-    assert "Chosen: the policy of limit -0.5" in capsys.readouterr().out
-    flows.outcome = {**flows.outcome, "chosen": None}
-    arguments = ["sweep", "tiny", "--limits=-1", "--seeds", "0,1", "--set", "dpo.beta=0.25,0.5", "--json", "r.json"]
+    out = capsys.readouterr().out
+    assert "Chosen: the policy of limit -0.5, certified" in out
+    assert "-0.52" in out
+
+
+def test_a_sweep_over_seeds_and_settings_is_one(
+    flows: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"seed": 1, "dpo.beta": 0.25}
+    flows.outcome = {"children": [record()], "failed": [], "frontier": [_point(-1.0, settings)], "chosen": None}
+    arguments = ["sweep", "tiny", "--limits=-1", "--seeds", "0,1", "--set", "dpo.beta=0.25,0.5", "--at-once", "3"]
     assert main(arguments) == 3
-    assert [(config.seed, config.dpo.beta) for config in flows.configs[1:]] == [
-        (0, 0.25),
-        (0, 0.5),
-        (1, 0.25),
-        (1, 0.5),
-    ]
-    assert len(json.loads(Path("r.json").read_text())["sweeps"]) == 4
+    assert flows.swept == [([-1.0], [0, 1], ["dpo.beta=0.25,0.5"], 3)]
+    out = capsys.readouterr().out
+    assert "dpo.beta" in out
+    assert "0.25" in out
+    assert "No policy is certified" in out
+
+
+def test_a_sweep_with_a_failed_child_shows_the_others_and_exits_1(
+    flows: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = {"name": "tiny, harm ≤ -1", "settings": {}, "limit": -1.0, "error": "no room\n  where: /tmp"}
+    result = {"children": [record()], "failed": [failed], "frontier": [_point(-0.5, {})], "chosen": None}
+    flows.outcome = ChildrenFailed.of(result)
+    assert main(["sweep", "tiny", "--limits", "-1,-0.5", "--json", "r.json"]) == 1
+    assert json.loads(Path("r.json").read_text()) == result
+    out, err = capsys.readouterr()
+    assert "-0.52" in out
+    assert "Failed: tiny, harm ≤ -1: no room" in out
+    assert "error: 1 of 2 children failed: tiny, harm ≤ -1 (no room)" in err
 
 
 def test_a_plan(flows: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:

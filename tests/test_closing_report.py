@@ -57,6 +57,12 @@ def test_every_cost_has_its_figures() -> None:
         "test": figures,
         "baselines": {"reference": figures},
         "oracle": {"captured": 0.95, "true_reward": 0.5, "true_cost": -0.66, "optimal_reward": 0.6},
+        "tracking": {
+            "run_id": "1a2b",
+            "uri": "http://mlflow:5000",
+            "url": "http://mlflow:5000/#/runs/1a2b",
+            "kept": 12,
+        },
     }
     file = io.StringIO()
     print_result(result, Console(file=file, width=80))
@@ -67,3 +73,4 @@ def test_every_cost_has_its_figures() -> None:
     assert "cost -0.50, 0.10 at λ = 0.4, 0" in out
     assert "Certified: harm ≤ -0.5, privacy ≤ 0.1." in out
     assert "…" not in out, "it fits a terminal of 80 columns"
+    assert "it was away: 12 entries are kept in the store and are sent by the next run" in out

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from cdpo_core.local_store import LocalStore
 from flows import up
 from flows.cli import main
 from flows.stack import Stack
+from tasks.outbox import Outbox
 
 
 @pytest.fixture(autouse=True)
@@ -49,3 +51,14 @@ def test_doctor_examines_the_servers_that_a_run_would_join(
     out = capsys.readouterr().out
     assert "Prefect       http://127.0.0.1:1/api does not answer" in out
     assert "MLflow        http://127.0.0.1:2 does not answer" in out
+
+
+def test_doctor_counts_what_is_kept_for_an_mlflow_that_was_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CDPO_HOME", str(tmp_path))
+    box = Outbox(LocalStore(tmp_path / "store"), "http://mlflow:5000")
+    box.keep("run", "tags", {"tags": {"status": "certified"}})
+    box.keep("run", "end", {"status": "FINISHED", "ended_ms": 1})
+    main(["doctor"])
+    assert "kept while it was away: 2 entries for the MLflow at http://mlflow:5000" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cdpo_core.evaluation import figures
+from cdpo_core.evaluation import figures, sweep_figures
 
 ROUNDS = [
     {"round": 1, "lambda": 0.4, "reward": 1.3, "cost": -0.3, "cost_upper": -0.1},
@@ -20,6 +20,11 @@ BASELINES = {"reference": {"reward": {"mean": 0.1, "low": 0.0, "high": 0.2}, "co
 POINTS = [
     {"limit": -0.5, "cost": {"mean": -0.6, "low": -0.7, "high": -0.5}, "reward": 0.9, "certified": True},
     {"limit": 0.5, "cost": 0.45, "reward": 1.4, "certified": False},
+]
+ALONG = [
+    {"limit": -0.5, "lambda": 1.2, "certificate": {"mean": -0.7, "upper": -0.55, "passed": True}},
+    {"limit": -0.2, "lambda": 0.4, "certificate": {"mean": -0.3, "upper": -0.1, "passed": False}},
+    {"limit": -9.0, "lambda": None, "certificate": None},
 ]
 COSTS = {"reference": np.linspace(-3, 4, 50), "constrained": np.linspace(-4, 2, 30)}
 
@@ -53,11 +58,24 @@ def _histogram_of_equal_costs(path: Path) -> None:
 
 
 def _frontier(path: Path) -> None:
-    figures.frontier(POINTS, path, exact=[(-1.0, 0.5), (1.0, 1.6)], baselines=BASELINES)
+    sweep_figures.frontier({"": POINTS}, path, {"": [(-1.0, 0.5), (1.0, 1.6)]}, BASELINES)
 
 
 def _frontier_of_one(path: Path) -> None:
-    figures.frontier(POINTS[:1], path)
+    sweep_figures.frontier({"": POINTS[:1]}, path)
+
+
+def _frontier_of_many_lines(path: Path) -> None:
+    lines = {f"seed = {seed}": POINTS for seed in range(6)}
+    sweep_figures.frontier(lines, path, {"seed = 0": [(-1.0, 0.5), (1.0, 1.6)]}, BASELINES)
+
+
+def _along_limits(path: Path) -> None:
+    sweep_figures.along_limits({"": ALONG}, path)
+
+
+def _along_limits_of_lines(path: Path) -> None:
+    sweep_figures.along_limits({"beta = 1": ALONG, "beta = 2": ALONG[:1], "beta = 3": []}, path, "harm")
 
 
 def _predicted(path: Path) -> None:
@@ -76,6 +94,9 @@ EVERY_FIGURE = [
     _histogram_of_equal_costs,
     _frontier,
     _frontier_of_one,
+    _frontier_of_many_lines,
+    _along_limits,
+    _along_limits_of_lines,
     _predicted,
 ]
 

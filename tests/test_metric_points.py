@@ -29,6 +29,9 @@ def test_points_of_a_round() -> None:
     assert {(point.step, point.timestamp_ms) for point in points} == {(2, 123)}
     assert _by_name(points) == {
         "dual/lambda": 0.5,
+        "dual/cost": -0.2,
+        "dual/limit": -0.5,
+        "dual/reward": 1.0,
         "dual/violation": pytest.approx(0.3),
         "policy/reward": 1.0,
         "policy/cost": -0.2,
@@ -52,6 +55,8 @@ def test_points_of_a_round_with_two_constraints() -> None:
     assert points["dual/violation"] == pytest.approx(0.4)
     assert (points["policy/cost"], points["policy/cost/privacy"]) == (-0.6, 0.4)
     assert points["policy/cost_upper/privacy"] == 0.6
+    assert (points["dual/limit/harm"], points["dual/limit/privacy"]) == (-0.5, 0.0)
+    assert (points["dual/cost/harm"], points["dual/reward"]) == (-0.6, 1.0)
 
 
 def test_points_of_training_follow_each_other_over_rounds() -> None:
@@ -69,15 +74,15 @@ def test_points_of_a_result() -> None:
     result = {
         "rounds": [{"round": 1}, {"round": 2}],
         "test": {"reward": estimate},
-        "oracle": {"captured": 0.95, "support_mass": None, "true_cost": float("nan")},
+        "oracle": {"captured": 0.95, "support_mass": None, "true_cost": float("nan"), "prompts": 15, "feasible": True},
         "scorers": {"harm": {"accuracy": 0.8, "low": 0.75, "high": 0.85}},
     }
     points = result_points(result, 123)
     assert {(point.name, point.value, point.step) for point in points} == {
-        ("test/reward", 1.0, 2),
-        ("test/reward_low", 0.5, 2),
-        ("test/reward_high", 1.5, 2),
-        ("oracle/captured", 0.95, 2),
+        ("test/reward", 1.0, 0),
+        ("test/reward_low", 0.5, 0),
+        ("test/reward_high", 1.5, 0),
+        ("oracle/captured", 0.95, 0),
         ("scorer/harm/accuracy", 0.8, 0),
         ("scorer/harm/accuracy_low", 0.75, 0),
         ("scorer/harm/accuracy_high", 0.85, 0),
@@ -88,6 +93,7 @@ def test_points_of_a_result() -> None:
 
 def test_tags_of_a_result() -> None:
     result = {"status": "certified", "lambda": 0.7, "certificate": {"upper": -0.512345678, "passed": True}}
+    result["certificate"] |= {"evidence": [{"uri": "/store/stages/scores/abc.json"}], "note": ""}
     expected = {"status": "certified", "lambda": "0.7", "certificate.upper": "-0.512346", "certificate.passed": "True"}
     assert result_tags(result) == expected
     assert result_tags({"status": "infeasible", "lambda": None, "certificate": None}) == {"status": "infeasible"}

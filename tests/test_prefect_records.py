@@ -27,6 +27,7 @@ from prefect.context import FlowRunContext
 from prefect.states import Completed, State
 
 from tasks import prefect_records
+from tasks.attempts import is_dead, this_process
 from tasks.prefect_records import (
     ProgressArtifacts,
     announce_run,
@@ -195,11 +196,11 @@ def _states(identity: str, pid: int) -> list[str]:
     ids=["alive", "its pid is another's now", "gone", "on another host"],
 )
 def test_only_a_process_that_is_certainly_gone_is_dead(change: dict[str, Any], dead: bool) -> None:
-    assert prefect_records._is_dead({**prefect_records._this_process(), **change}) is dead
+    assert is_dead({**this_process(), **change}) is dead
 
 
 def test_run_without_labels_is_not_dead() -> None:
-    assert not prefect_records._is_dead({})
+    assert not is_dead({})
 
 
 def test_nothing_is_recorded_outside_a_flow_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,11 +207,11 @@ print(result.ref.digest, (resolve(result.ref, store) / "by.txt").read_text(), re
 """
 
 
-@pytest.mark.parametrize("kind", ["folder", "s3"])
+@pytest.mark.parametrize("kind", ["folder", "moto", "ceph"])
 def test_two_machines_that_compute_one_key_end_with_the_winners_artifact(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    uri = request.getfixturevalue("s3_uri") if kind == "s3" else str(tmp_path / "store")
+    uri = str(tmp_path / "store") if kind == "folder" else request.getfixturevalue(f"{kind}_uri")
     (tmp_path / "meeting").mkdir()
     racers = [
         subprocess.Popen(

@@ -9,6 +9,7 @@ from typing import Any
 
 import boto3
 import pytest
+from servers_s3 import every_s3_uri
 from store_kit import artifact, contents
 
 from cdpo_core.artifacts import folder_files
@@ -16,6 +17,8 @@ from cdpo_core.errors import StoreUnavailable
 from tasks import s3_connection, s3_store
 from tasks.s3_store import S3Store
 from tasks.storage import open_store, open_to_read
+
+__all__ = ["every_s3_uri"]
 
 
 def test_large_objects_travel_in_parts(s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,6 +150,7 @@ def test_work_goes_on_when_the_server_comes_back(s3_uri: str, monkeypatch: pytes
 def test_a_server_away_for_good_is_said(s3_uri: str, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     store = open_store(s3_uri)
     monkeypatch.setattr(s3_store, "OUTAGE_SECONDS", -1.0)
+    monkeypatch.setattr(s3_store, "FEWEST_TRIES", 1)
     away = [_failure(code)]
     monkeypatch.setattr(store._client, "get_object", _failing(away, dict))  # type: ignore[attr-defined]
     with pytest.raises(StoreUnavailable, match="cannot be reached"):

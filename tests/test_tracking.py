@@ -258,7 +258,7 @@ def test_disabled_tracker_does_nothing(tmp_path: Path, store: LocalStore) -> Non
 def test_run_url_needs_a_server(tracker: Tracker, store: LocalStore) -> None:
     assert tracker.run_url("abc") == ""
     served = Tracker(object(), "http://user:pw@mlflow:5000/", "7", store)
-    assert served.run_url("abc") == "http://***@mlflow:5000/#/experiments/7/runs/abc"
+    assert served.run_url("abc") == "http://***@mlflow:5000/#/experiments/7/runs/abc?workflowType=machine_learning"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from cdpo_core.config_loading import load_config
 from cdpo_core.local_store import LocalStore
 from flows.command_line import write_json
 from flows.plan import PlanBench
-from flows.sweep import with_limit
 from tasks.evaluation import spend
 from tasks.external import external_model
 from tasks.report import report_folder
@@ -65,14 +64,6 @@ def test_models_from_outside_are_part_of_an_experiment_by_their_content(tmp_path
         assert key(moved, field) != before
         (moved / "config.json").write_text((first / "config.json").read_text())
     assert bench(tmp_path).external_digests() == {}
-
-
-def test_a_sweep_registers_versions_of_one_model() -> None:
-    config = load_config("tiny")
-    children = [with_limit(config, limit, "parent") for limit in (-0.5, -0.4)]
-    assert {child.tracking.model_name for child in children} == {"cdpo-tiny"}
-    named = load_config("tiny", {"tracking.model_name": "ours"})
-    assert with_limit(named, -0.5, "").tracking.model_name == "ours"
 
 
 @pytest.mark.parametrize("name", ["../../escaped", "a [/b]", "x" * 100, "λ / β", "..", "tiny, harm ≤ -0.5"])

@@ -1,4 +1,4 @@
-"""The figures of an experiment and of a sweep: plain records in, PNG files of reproducible bytes out.
+"""The figures of an experiment: plain records in, PNG files of reproducible bytes out.
 
 Colours are Okabe and Ito's, which readers with any colour vision tell apart; every series also has
 its own marker or line. No global pyplot state, so figures can be drawn in any thread.
@@ -166,41 +166,6 @@ def cost_histogram(costs: Mapping[str, np.ndarray], limit: float, path: Path, wh
         panels[-1].set_xlabel(f"{what} (solid: mean, dashed: limit {_signed(limit)} of the mean)")
 
 
-def frontier(
-    points: Sequence[Mapping[str, Any]],
-    path: Path,
-    exact: Sequence[tuple[float, float]] = (),
-    baselines: Mapping[str, Mapping[str, Any]] | None = None,
-) -> None:
-    """Reward over cost: one point a limit, its limit beside it, the exact frontier behind.
-
-    Args:
-        points: records {limit, cost, reward, certified}; cost and reward are {mean, low, high} or numbers.
-        path: the PNG to write.
-        exact: (cost, reward) of the exact optimum along the limits, where it is known.
-        baselines: name -> {reward, cost}.
-    """
-    with drawing(path, width=6.8, height=4.8) as (panel,):
-        if len(exact):
-            curve = np.array(sorted(exact), dtype=float)
-            panel.plot(curve[:, 0], curve[:, 1], color=GREY, linewidth=1.6, zorder=1, label="exact optimum")
-        ordered = sorted(points, key=lambda point: float(point["limit"]))
-        if len(ordered) > 1:
-            means = [(_mean(point["cost"]), _mean(point["reward"])) for point in ordered]
-            panel.plot(*zip(*means, strict=True), color=BLUE, linewidth=1.0, alpha=0.5, zorder=2)
-        for certified in (True, False):
-            chosen = [point for point in ordered if bool(point["certified"]) is certified]
-            _frontier_points(panel, chosen, "certified" if certified else "not certified", filled=certified)
-        for index, (name, record) in enumerate((baselines or {}).items()):
-            look: dict[str, Any] = {"color": (PURPLE, YELLOW, SKY)[index % 3], "marker": ("X", "P", "*")[index % 3]}
-            panel.plot(
-                _mean(record["cost"]), _mean(record["reward"]), linestyle="none", markersize=9, label=name, **look
-            )
-        panel.set(title="Reward over cost along the limit", xlabel="mean cost (lower is safer)", ylabel="mean reward")
-        panel.margins(x=0.12, y=0.14)
-        panel.legend(loc="best")
-
-
 def predicted_curve(
     lambdas: np.ndarray,
     costs: np.ndarray,
@@ -253,7 +218,8 @@ def price_of_limits(rows: Sequence[Mapping[str, Any]], limit: float, path: Path,
     known = [row for row in rows if row["reachable"]]
     with drawing(path) as (panel,):
         panel.plot([row["limit"] for row in known], [row["reward"] for row in known], color=BLUE, marker="o")
-        _limit_line(panel, limit, ORANGE)
+        panel.axvline(limit, color=ORANGE, linestyle="--", linewidth=1.5, label=f"limit {_signed(limit)}, asked for")
+        panel.legend(loc="best")
         panel.set(title="What a limit costs, predicted", xlabel=f"limit on {name}", ylabel="mean reward")
 
 
@@ -269,28 +235,6 @@ def _dot(panel: Axes, x: float, value: Any, color: str) -> None:
 def _signed(value: float, spec: str = "g") -> str:
     """The number with a true minus sign, as the axes write it."""
     return format(value, spec).replace("-", "−")
-
-
-def _frontier_points(panel: Axes, points: Sequence[Mapping[str, Any]], label: str, filled: bool) -> None:
-    if not points:
-        return
-    costs, rewards = ([_mean(point[key]) for point in points] for key in ("cost", "reward"))
-    panel.errorbar(
-        costs,
-        rewards,
-        xerr=np.transpose([_ends(point["cost"]) for point in points]),
-        yerr=np.transpose([_ends(point["reward"]) for point in points]),
-        color=BLUE,
-        marker="o",
-        markerfacecolor=BLUE if filled else "white",
-        linestyle="none",
-        elinewidth=1.0,
-        label=label,
-        zorder=3,
-    )
-    for cost, reward, point in zip(costs, rewards, points, strict=True):
-        text = f"limit {_signed(float(point['limit']))}"
-        panel.annotate(text, (cost, reward), xytext=(7, -13), textcoords="offset points", fontsize=8.5)
 
 
 def _limit_line(panel: Axes, limit: float, color: str) -> None:

@@ -1,0 +1,122 @@
+"""What a result means, in plain words: for the report, the run's description in MLflow and the registered model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cdpo_core.evaluation.result import cost_figures
+
+Record = Mapping[str, Any]
+
+HEADLINES = {"certified": "Certified", "not_certified": "Not certified", "infeasible": "Out of reach"}
+STATES = {"certified": "certified", "not_certified": "not certified", "infeasible": "out of reach"}
+
+
+def limits_text(result: Record) -> str:
+    """The limits in one line: `harm ≤ −0.5`."""
+    return ", ".join(f"{item['name']} ≤ {signed(item['limit'], 'g')}" for item in result["constraints"])
+
+
+def headline(result: Record) -> str:
+    """The verdict in two or three words and the limits."""
+    return f"{HEADLINES[result['status']]}: {limits_text(result)}"
+
+
+def explained(result: Record) -> list[str]:
+    """The outcome in two or three sentences that need no knowledge of the method."""
+    return [_outcome(result), *_bought(result)]
+
+
+def meanings(result: Record) -> list[str]:
+    """What the verdict says."""
+    certificate = result["certificate"]
+    if certificate is None:
+        return [
+            "No policy was tested, because none of those tried comes near the limit.",
+            f"The lowest mean cost known here is {signed(result['reachable']['floor'])}: ask for a looser limit.",
+        ]
+    delta = f"{100 * certificate['delta']:g} %"
+    tested = f"The policy was tested on {certificate['prompts']} prompts that no training and no choice has seen."
+    if result["status"] == "certified":
+        return [
+            tested,
+            "Over prompts like these, the mean cost that the cost model gives it is at or below the bound, which is at "
+            f"or below the limit. A policy that breaks the limit passes this test with probability at most {delta}.",
+        ]
+    return [
+        tested,
+        "The test could not show that the limit is kept. That is no proof that it is broken: where the mean is below "
+        "the limit, more held-out prompts may be enough.",
+    ]
+
+
+def limits_of_meaning(result: Record) -> list[str]:
+    """What the verdict does not say."""
+    spent = (result["certificate"] or {}).get("spent") or 0
+    lines = [
+        "That the cost model is right: the figures are its own, and its errors are shown below.",
+        "Anything about one answer: a mean below the limit leaves room for single bad ones.",
+        "Anything about other kinds of prompts than the held-out ones, or about people who try to break the policy.",
+    ]
+    if spent > 1:
+        lines.append(
+            f"The same after many tries: these held-out prompts had been used for {spent} tests when this was written."
+        )
+    return lines
+
+
+def percent(value: Any) -> str:
+    """A share in percent; a dash without one."""
+    mean = value.get("mean") if isinstance(value, Mapping) else value
+    return "–" if mean is None else f"{100 * mean:.0f} %"
+
+
+def signed(value: Any, spec: str = ".2f") -> str:
+    """A number with a true minus sign, several for several constraints; a dash without one."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(signed(item, spec) for item in value)
+    return "–" if value is None else format(float(value), spec).replace("-", "−")
+
+
+def interval(figure: Any) -> str:
+    """A mean with its 95 % interval; a dash without one."""
+    if figure is None:
+        return "–"
+    return f"{signed(figure['mean'])} [{signed(figure['low'])}, {signed(figure['high'])}]"
+
+
+def _outcome(result: Record) -> str:
+    certificate, names = result["certificate"], [item["name"] for item in result["constraints"]]
+    what = " and ".join(names)
+    if result["status"] == "infeasible":
+        return f"No policy that keeps {limits_text(result)} was found: {result['reason']}."
+    bounds = [item["certificate"]["upper"] for item in result["constraints"]]
+    allowed = [item["limit"] for item in result["constraints"]]
+    confidence = f"with {100 * (1 - certificate['delta']):g} % confidence"
+    if result["status"] == "certified":
+        return (
+            f"On {certificate['prompts']} held-out prompts the policy's mean {what}, as the cost model measures it, is "
+            f"at most {signed(bounds, '.3f')} {confidence}; {signed(allowed, 'g')} was allowed."
+        )
+    means = [item["certificate"]["mean"] for item in result["constraints"]]
+    return (
+        f"The best policy found has a mean {what} of {signed(means, '.3f')} on {certificate['prompts']} held-out "
+        f"prompts, and {confidence} it is at most {signed(bounds, '.3f')}; {signed(allowed, 'g')} was allowed. Do not "
+        "use it where the limit must hold."
+    )
+
+
+def _bought(result: Record) -> list[str]:
+    """What the policy earns beside the reference and DPO."""
+    test = result["test"]
+    if not test:
+        return []
+    rows = {"it": test, **result["baselines"]}
+    costs = cost_figures(result).values()
+
+    def figures(row: Record) -> str:
+        return f"reward {signed(row['reward']['mean'])} at cost {signed([row[key]['mean'] for key in costs])}"
+
+    others = "; ".join(f"{name}: {figures(row)}" for name, row in rows.items() if name != "it")
+    return [f"On test prompts it earns {figures(rows['it'])} ({others})."]
