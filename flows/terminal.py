@@ -255,6 +255,7 @@ class LogFile(logging.FileHandler):
     """
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """A record that a full disk does not take is lost; whatever else goes wrong is said."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
 
