@@ -12,7 +12,7 @@ import yaml
 
 from cdpo_core.errors import InputError
 from flows.pools import POOL, SWEEP_POOL
-from tasks.environment import DEFAULT_STORE, HEARTBEAT
+from tasks.environment import DEFAULT_STORE, RUN_SETTINGS
 from tasks.mlflow_connection import without_secrets
 
 if TYPE_CHECKING:
@@ -68,14 +68,14 @@ def make_pools(client: SyncPrefectClient, options: PoolOptions) -> None:
 def base_template(kind: str) -> dict[str, Any]:
     """The base job template of a new pool of this type; a container's environment says where the stack is.
 
-    Every run sends the heartbeats that the automations wait for, whoever started its worker and how.
+    Every run has the settings that all need (heartbeats, patience), whoever started its worker and how.
     """
     template: dict[str, Any]
     if kind == PROCESS:
         from prefect.workers.process import ProcessWorker
 
         template = copy.deepcopy(ProcessWorker.get_default_base_job_template())
-        template["variables"]["properties"]["env"]["default"] = HEARTBEAT
+        template["variables"]["properties"]["env"]["default"] = RUN_SETTINGS
         return template
     text = resources.files("deployments").joinpath(f"{kind}.yaml").read_text(encoding="utf-8")
     template = yaml.safe_load(text)
@@ -86,7 +86,7 @@ def base_template(kind: str) -> dict[str, Any]:
         raise InputError(
             "a work pool's environment is shown to everyone, and this holds a password", where=secret[0], fix=fix
         )
-    template["variables"]["properties"]["env"]["default"] = {**told, **HEARTBEAT}
+    template["variables"]["properties"]["env"]["default"] = {**told, **RUN_SETTINGS}
     return template
 
 

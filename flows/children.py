@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -26,6 +27,7 @@ from flows.experiment import experiment, sections
 from flows.grid import Combination, words
 from tasks.child_runs import POLL_SECONDS, ChildRuns
 from tasks.external import RESERVED_BASES
+from tasks.prefect_patience import begun
 from tasks.result import outcome_name
 from tasks.tracking import experiment_key
 from tasks.workbench import open_workbench, outcome, store_of
@@ -111,7 +113,7 @@ def run_here(children: Sequence[Child], parent_run: str, told: Listener) -> list
     """Run the children in this process, one after another; one that fails is listed and the others go on."""
     found = []
     for child in children:
-        state = experiment(**sections(child.below(parent_run)), return_state=True)
+        state = begun(partial(experiment, **sections(child.below(parent_run)), return_state=True))
         try:
             ended = Ended(child, outcome(state))
         except Exception as error:  # whatever a child dies of, the others are sound

@@ -32,7 +32,7 @@ from tasks.comparison import ComparisonJournal
 from tasks.environment import RUN_TAG
 from tasks.evaluation import limits_by_name
 from tasks.metric_points import timestamp_ms
-from tasks.prefect_patience import begun
+from tasks.prefect_patience import begun, ends_when_there
 from tasks.uses import enter_run, noting_uses
 from tasks.workbench import open_workbench, outcome, report_progress_to
 
@@ -50,6 +50,7 @@ class Cell:
 
 @flow(name="compare", flow_run_name="compare {name}", persist_result=False)
 @takes_sections
+@ends_when_there
 def compare(config: ExperimentConfig, limits: Limits, seeds: Seeds, methods: list[str]) -> State[dict[str, Any]]:
     """Methods side by side at each limit: reward over cost, intervals over seeds, and what each took.
 

@@ -26,7 +26,7 @@ from flows.prepare import prepare
 from flows.sections import takes_sections
 from tasks.environment import RUN_TAG
 from tasks.journal import Journal, announce
-from tasks.prefect_patience import part
+from tasks.prefect_patience import ends_when_there, part
 from tasks.prefect_records import flow_run_id
 from tasks.preference_models import scorer_reports
 from tasks.records import Prepared, Scored
@@ -40,6 +40,7 @@ STATE_NAMES = {"certified": "Certified", "not_certified": "NotCertified", "infea
 
 @flow(name="experiment", flow_run_name="{name}", persist_result=False)
 @takes_sections
+@ends_when_there
 def experiment(config: ExperimentConfig) -> State[dict[str, Any]]:
     """A policy as helpful as the limit on harm allows, with evidence that it keeps the limit."""
     bench = open_workbench(config)

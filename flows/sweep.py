@@ -31,6 +31,7 @@ from flows.sections import takes_sections
 from tasks.child_runs import WORKER_SECONDS, ChildRuns, deployed_with_workers, this_flow_run
 from tasks.environment import RUN_TAG
 from tasks.frontier import SweepJournal, choose_for_sweep
+from tasks.prefect_patience import ends_when_there
 from tasks.prefect_records import experiment_tag
 from tasks.workbench import outcome, report_progress_to
 
@@ -65,6 +66,7 @@ class ChildrenFailed(CdpoError):
 
 @flow(name="sweep", flow_run_name="{name}", persist_result=False)
 @takes_sections
+@ends_when_there
 def sweep(
     config: ExperimentConfig,
     limits: Limits,

@@ -122,7 +122,7 @@ class SweepJournal:
         self.tracker.set_tags(self.run_id, {"chosen": chosen, "failed": failed})
         model = self.config.tracking.model_name or f"cdpo-{self.config.name}"
         tell_reviewers(self.tracker, self.run_id, self.key, result, model, folder)
-        show_markdown(f"frontier-{self.key}", _markdown(result), "reward over cost along the limits")
+        show_markdown(f"frontier-{self.key[:12]}", _markdown(result), "reward over cost along the limits")
         ended = max((child["ended_ms"] for child in result["children"]), default=0)
         report = ArtifactRef(**result["report_artifact"])
         facts = {"ended_ms": ended, "tracking": self.record()}

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cdpo_core.errors import CdpoError, InputError
+from tasks.access import FIX as LOGIN_FIX
+from tasks.access import mlflow_authorization
 from tasks.environment import local_mlflow, quiet_environment
 from tasks.patience import ServerAway
 
@@ -125,6 +127,9 @@ def mlflow_errors(kind: type[CdpoError], where: str, fix: str, away: type[CdpoEr
     try:
         yield
     except (MlflowException, RequestException, Boto3Error, BotoCoreError, ClientError) as error:
+        if isinstance(error, MlflowException) and error.get_http_status_code() == 401:
+            answer = "refuses this login" if mlflow_authorization(os.environ) else "asks for a login"
+            raise kind(f"the MLflow server {answer}", where=where, fix=LOGIN_FIX) from error
         reason = without_secrets((str(error).splitlines() or [type(error).__name__])[0])[:300]
         raise (away or kind if is_away(error) else kind)(f"MLflow: {reason}", where=where, fix=fix) from error
 

@@ -48,7 +48,8 @@ def run_note(result: Mapping[str, Any], pages: Mapping[str, str], figure: str) -
 def version_note(result: Mapping[str, Any], page: str) -> str:
     """The description of a registered policy: what is certified of it, and the commands for it (markdown)."""
     stage, key = result["policy"]["uri"].removesuffix(".json").split("/")[-2:]
-    parts = [f"**{verdict(result)}**", *explained(result)[1:]]
+    # The list of versions shows the first words as plain text.
+    parts = [verdict(result), *explained(result)[1:]]
     parts += [f"The weights are in the artifact store: `cdpo export {stage}/{key[:12]} DIR` writes them as a folder."]
     return "\n\n".join([*parts, f"[The run]({page})"])
 

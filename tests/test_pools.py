@@ -14,6 +14,7 @@ from pydantic import ConfigDict
 from cdpo_core.errors import InputError
 from deployments import pools
 from deployments.pools import TYPES, PoolOptions, base_template, make_pools
+from tasks.environment import HEARTBEAT
 
 IMAGE = "registry.example.com/cdpo:0.1"
 
@@ -49,7 +50,8 @@ def test_a_run_on_kubernetes_is_a_job() -> None:
     assert container["image"] == IMAGE
     assert container["envFrom"] == [{"secretRef": {"name": "cdpo"}}]
     assert container["resources"]["limits"] == {"memory": "64Gi", "nvidia.com/gpu": 2}
-    assert made["env"] == {"CDPO_STORE": "s3://team/cdpo", "MLFLOW_TRACKING_URI": "http://mlflow:5000"}
+    told = {"CDPO_STORE": "s3://team/cdpo", "MLFLOW_TRACKING_URI": "http://mlflow:5000"}
+    assert made["env"] == {**told, **HEARTBEAT}
     assert job["spec"]["backoffLimit"] == 0
     assert pod["restartPolicy"] == "Never"
     assert pod["terminationGracePeriodSeconds"] == 30
