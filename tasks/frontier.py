@@ -29,6 +29,7 @@ from tasks.review_tracking import ReviewTracker
 from tasks.rounds import measured_from
 from tasks.sweep_review import publish_sweep_report, tell_reviewers
 from tasks.tracking import experiment_key
+from tasks.uses import enter_run
 from tasks.workbench import Workbench, open_workbench
 
 # What a child's MLflow run names by itself.
@@ -123,6 +124,9 @@ class SweepJournal:
         tell_reviewers(self.tracker, self.run_id, self.key, result, model, folder)
         show_markdown(f"frontier-{self.key[:12]}", _markdown(result), "reward over cost along the limits")
         ended = max((child["ended_ms"] for child in result["children"]), default=0)
+        report = ArtifactRef(**result["report_artifact"])
+        facts = {"ended_ms": ended, "tracking": self.record()}
+        enter_run(self.bench.store, "sweep", self.key, self.config.name, [(report, "report")], facts)
         self.tracker.finish(self.run_id, "FAILED" if result["failed"] else "FINISHED", ended)
         return folder
 

@@ -51,8 +51,8 @@ def test_each_run_lists_what_it_used(home: Path, finished: Finished) -> None:
     assert len(data["used_by"]) == len(found["runs"])
     code, shown = store(home, "ls", "--run", "slack")
     assert code == 0
-    result = json.loads((home / "result.json").read_text())
-    assert len(shown["runs"][0]["artifacts"]) == len({stage["name"] for stage in result["stages"]})
+    stages = {name.split("/")[0] for name in shown["runs"][0]["artifacts"]}
+    assert stages >= {"data", "sft", "responses", "scorers", "scores", "splits", "round", "enumeration", "judgement"}
 
 
 def test_after_a_cleaning_all_that_was_kept_works(home: Path, finished: Finished, tmp_path: Path) -> None:
@@ -82,7 +82,8 @@ def test_after_a_cleaning_all_that_was_kept_works(home: Path, finished: Finished
         assert command_line(["export", reference, str(tmp_path / version.model)], home).code == 0
         assert (tmp_path / version.model / "model.safetensors").exists()
         said = command_line(["sample", reference, "how do I bake bread?", "-n", "1"], home)
-        assert (said.code, len(said.out.splitlines())) == (0, 2)
+        assert said.code == 0
+        assert said.out.startswith("how do I bake bread?\n  ")
 
     code, result = run_here(home)
     assert code == finished.code

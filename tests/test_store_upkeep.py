@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -90,7 +89,10 @@ def test_what_lies_in_a_store_is_listed_read_and_taken_away(backend: Backend, sh
     sha256 = hashlib.sha256(b"alpha").hexdigest()
     assert (item.name, item.size) == (f"objects/{sha256}", 5)
     assert abs(item.time - shelves.now()) < 600
-    assert shelves.item(item.name) == item
+    alone = shelves.item(item.name)
+    assert alone is not None
+    assert (alone.name, alone.size) == (item.name, item.size)
+    assert abs(alone.time - item.time) <= 1, "asked for alone, a bucket's object tells its time in seconds"
     assert (shelves.read(item.name), shelves.sha256(item.name)) == (b"alpha", sha256)
     assert [found.name for found in shelves.items("stages/")] == ["stages/sft/key.json"]
     assert [found.name for found in shelves.items("records/")] == ["records/ledger/there.json"]
@@ -335,9 +337,12 @@ def test_what_was_set_aside_and_left_behind_goes_when_it_is_old(
     shelves.put_aside("stages/sft/key.json")
     backend.left_behind()
     assert len(shelves.leftovers()) == 2
-    assert clean(shelves, Wishes(86400)).bytes == 0
+    # moto dates every unfinished upload 2010.
+    old = [item for item in shelves.leftovers() if item.time < shelves.now() - 86400]
+    plan = clean(shelves, Wishes(86400))
+    assert (plan.aside, plan.leftovers, plan.objects) == ([], old, [])
     plan = clean(shelves, Wishes(ANY))
-    assert (len(plan.aside), len(plan.leftovers), len(plan.objects)) == (1, 2, 1)
+    assert (len(plan.aside), len(plan.leftovers), len(plan.objects)) == (1, 2 - len(old), 1)
     assert plan.bytes > 5
     assert shelves.leftovers() == []
     assert backend.names("aside/") == []
@@ -378,6 +383,5 @@ def test_reading_a_catalogue_says_nothing_and_moves_nothing(
     before = backend.names("")
     with caplog.at_level(logging.INFO):
         assert read_catalogue(shelves).unreadable == ("stages/data/one-data.json",)
-    assert caplog.records == []
+    assert [record for record in caplog.records if record.name.startswith(("cdpo_core", "tasks"))] == []
     assert backend.names("") == before
-    shutil.rmtree(tmp_path / "made")
