@@ -303,11 +303,11 @@ class LocalStore:
 
 
 def _refreshed(path: Path) -> bool:
-    """Make a file or folder young again if it is older than REFRESH_SECONDS; False if it is gone or another's."""
+    """Make a file or folder young again if it is older than REFRESH_SECONDS; False if that cannot be done."""
     try:
         if time.time() - path.stat().st_mtime > REFRESH_SECONDS:
             os.utime(path)
-    except (FileNotFoundError, PermissionError):
+    except OSError:
         return False
     return True
 
