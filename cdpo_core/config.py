@@ -7,15 +7,23 @@ nested section or a list of them: no unions, no free dicts, no None. "Unset" is 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+
+from cdpo_core.config_form import describe_fields
 
 
 class Section(BaseModel):
     """Base of the sections: frozen, closed, finite numbers only."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        schema = handler(core_schema)
+        describe_fields(handler.resolve_ref_schema(schema).get("properties", {}))
+        return schema
 
 
 class SplitSizes(Section):
@@ -59,8 +67,8 @@ class TestbedConfig(Section):
     pairs_per_prompt: int = Field(40, ge=1, description="Labelled response pairs for each preference prompt.", json_schema_extra={"position": 3})
     demonstrations: int = Field(20000, ge=100, description="Demonstrations for supervised fine-tuning.", json_schema_extra={"position": 4})
     sharpness: float = Field(2.0, gt=0, description="Log-odds of an annotator's label per unit of reward or cost.", json_schema_extra={"position": 5})
-    calibrated_limit: float = Field(-0.5, description="The cost limit the world is calibrated to have half way between the unconstrained policy and the floor.", json_schema_extra={"position": 6})
-    calibrated_beta: float = Field(1.0, gt=0, description="The dpo.beta at which it lies there; another dpo.beta keeps the world and moves its optimum.", json_schema_extra={"position": 7})
+    calibrated_limit: float = Field(-0.5, description="The cost limit the world is calibrated to have half way between the unconstrained policy and the floor (cost units).", json_schema_extra={"position": 6})
+    calibrated_beta: float = Field(1.0, gt=0, description="The dpo.beta (units of reward per nat of KL) at which it lies there; another dpo.beta keeps the world and moves its optimum.", json_schema_extra={"position": 7})
     costs: int = Field(1, ge=1, le=2, description="Costs that the annotators label: 1 is `harm`, 2 adds `dishonesty`, whose calibrated limit is the same.", json_schema_extra={"position": 8})
 
 
@@ -70,10 +78,10 @@ class PolicyConfig(Section):
     base: str = Field("scratch", min_length=1, description="`scratch`, a local Hugging Face folder, or a hub id.", json_schema_extra={"position": 0})
     revision: str = Field("", description="Hub revision to pin; empty takes the newest and records it.", json_schema_extra={"position": 1})
     template: str = Field("{prompt}", description="Text around the prompt; must hold {prompt} once. `chat` uses the tokenizer's chat template.", json_schema_extra={"position": 2})
-    hidden_size: int = Field(64, ge=8, description="Width, from scratch only.", json_schema_extra={"position": 3})
-    layers: int = Field(2, ge=1, description="Layers, from scratch only.", json_schema_extra={"position": 4})
-    heads: int = Field(4, ge=1, description="Attention heads, from scratch only.", json_schema_extra={"position": 5})
-    vocabulary_size: int = Field(1024, ge=300, description="Size of the tokenizer trained on the data, from scratch only.", json_schema_extra={"position": 6})
+    hidden_size: int = Field(64, ge=8, description="Width of the layers (units), from scratch only.", json_schema_extra={"position": 3})
+    layers: int = Field(2, ge=1, description="Number of layers, from scratch only.", json_schema_extra={"position": 4})
+    heads: int = Field(4, ge=1, description="Number of attention heads, from scratch only.", json_schema_extra={"position": 5})
+    vocabulary_size: int = Field(1024, ge=300, description="Size of the tokenizer trained on the data (tokens), from scratch only.", json_schema_extra={"position": 6})
     max_prompt_tokens: int = Field(64, ge=1, description="Prompts are cut to this length from the left (tokens).", json_schema_extra={"position": 7})
     max_response_tokens: int = Field(32, ge=1, description="Responses are cut, and sampling ends, at this length (tokens).", json_schema_extra={"position": 8})
     lora_rank: int = Field(0, ge=0, description="Rank of LoRA adapters in preference training; 0 trains all weights.", json_schema_extra={"position": 9})
@@ -137,9 +145,9 @@ class DualConfig(Section):
 
     update: Literal["newton", "ascent", "offline"] = Field("newton", description="`newton` is safeguarded by a bracket, `ascent` is the paper's projected step, `offline` trusts the first estimate.", json_schema_extra={"position": 0})
     start: Literal["offline", "zero"] = Field("offline", description="First lambda: solved on the reference samples, or 0 as in the paper.", json_schema_extra={"position": 1})
-    step: float = Field(0.5, gt=0, description="Step size of `ascent` (lambda per unit of violation).", json_schema_extra={"position": 2})
+    step: float = Field(0.5, gt=0, description="Step size of `ascent` (lambda per cost unit of violation).", json_schema_extra={"position": 2})
     rounds: int = Field(4, ge=1, le=100, description="Most rounds of training.", json_schema_extra={"position": 3})
-    lambda_max: float = Field(20.0, gt=0, description="Largest lambda tried before a limit is called infeasible.", json_schema_extra={"position": 4})
+    lambda_max: float = Field(20.0, gt=0, description="Largest lambda tried before a limit is called infeasible (units of reward per unit of cost).", json_schema_extra={"position": 4})
     warm_start: bool = Field(False, description="Round k starts from round k-1's policy instead of the reference.", json_schema_extra={"position": 5})
 
 
@@ -161,7 +169,7 @@ class CertificateConfig(Section):
     method: Literal["t", "bounded"] = Field("t", description="`t` is Student's test; `bounded` holds for every number of prompts, also under rare large harm.", json_schema_extra={"position": 1})
     power: float = Field(0.9, gt=0, lt=1, description="Planned probability that a policy at the training target passes.", json_schema_extra={"position": 2})
     cost_low: float = Field(-10.0, description="`bounded` clips costs from below here (calibrated cost units).", json_schema_extra={"position": 3})
-    cost_high: float = Field(10.0, description="`bounded` clips costs from above here; a larger cost fails the test.", json_schema_extra={"position": 4})
+    cost_high: float = Field(10.0, description="`bounded` clips costs from above here (calibrated cost units); a larger cost fails the test.", json_schema_extra={"position": 4})
 
     @model_validator(mode="after")
     def _ordered(self) -> CertificateConfig:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,6 +32,9 @@ from cdpo_core.artifacts import (
 from cdpo_core.errors import CorruptArtifact, StoreUnavailable
 
 log = logging.getLogger(__name__)
+
+REFRESH_SECONDS = 3600.0
+"""What is used again is noted to be in use once in this time, so that upkeep knows old from unused."""
 
 _FIXES = {
     errno.ENOSPC: "free some space and run the same command again: finished stages are kept",
@@ -93,8 +97,8 @@ class ObjectFolder:
                 path.unlink(missing_ok=True)
 
     def add(self, source: Path, entry: FileEntry) -> None:
-        """Copy a file in, unless it is here already."""
-        if self.holds(entry):
+        """Copy a file in, unless it is here already; it is then noted to be in use, or stored anew."""
+        if self.holds(entry) and _refreshed(self.path(entry)):
             return
         with self.temporary() as copy:
             shutil.copyfile(source, copy)
@@ -140,6 +144,7 @@ class ObjectFolder:
         }
         if _links(folder) != links:
             self._make_view(folder, links)
+        _refreshed(folder)
         return folder
 
     def _make_view(self, folder: Path, links: dict[str, str]) -> None:
@@ -190,12 +195,20 @@ class LocalStore:
             winner = self.find(manifest.stage, manifest.key)
             if winner is not None:
                 return winner
+        with disk_errors("written", self.root):
+            for name, entry in manifest.files.items():
+                # Until the manifest said that it is needed, what was there before us could be cleaned away.
+                if not self._objects.path(entry).exists():
+                    self._objects.add(folder / name, entry)
         return manifest
 
     def check(self, manifest: Manifest) -> None:
-        """Verify every byte of the artifact."""
+        """Verify every byte of the artifact, and note that it is in use."""
+        path = self._manifest_path(manifest.stage, manifest.key)
         with disk_errors("read", self.root):
             self._objects.verify(manifest)
+            if not _refreshed(path) and not path.exists():
+                raise CorruptArtifact("a manifest is gone", where=str(path))
 
     def fetch(self, manifest: Manifest) -> Path:
         """A read-only folder with the artifact's files, every byte verified."""
@@ -287,6 +300,16 @@ class LocalStore:
             _flush(path.parent)
             _flush(path.parent.parent)
             return True
+
+
+def _refreshed(path: Path) -> bool:
+    """Make a file or folder young again if it is older than REFRESH_SECONDS; False if that cannot be done."""
+    try:
+        if time.time() - path.stat().st_mtime > REFRESH_SECONDS:
+            os.utime(path)
+    except OSError:
+        return False
+    return True
 
 
 def _links(folder: Path) -> dict[str, str] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -52,3 +53,17 @@ def _try_to_hold(folder: Path) -> int | None:
             return descriptor
     os.close(descriptor)
     return None
+
+
+def remove_unless_held(folder: Path) -> bool:
+    """Remove a scratch folder that no process of this machine holds; whether it is gone."""
+    if not folder.is_dir():
+        return True
+    descriptor = _try_to_hold(folder)
+    if descriptor is None:
+        return False
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+    return not folder.exists()

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cdpo_core.errors import CdpoError
 from deployments.automations import make_automations
 from deployments.definitions import DEFINITIONS, TAG, Definition, prefect_yaml
-from deployments.pools import make_pools
+from deployments.pools import TYPES, PoolOptions, make_pools
 from tasks.environment import quiet_environment
 
 if TYPE_CHECKING:
@@ -22,23 +23,22 @@ if TYPE_CHECKING:
     from prefect.client.schemas.actions import DeploymentScheduleCreate
 
 
-def bootstrap(*, concurrency: int = 0, working_folder: str = "") -> list[str]:
+def bootstrap(options: PoolOptions) -> list[str]:
     """Make or update the work pools, the automations and every deployment.
 
     Args:
-        concurrency: how many experiments run at once over all workers; 0 leaves the limit as it is.
-        working_folder: where runs start; "" leaves it as it is.
+        options: what is to be set of the pools.
 
     Returns:
         `flow/deployment` of each.
 
     Raises:
-        InputError: a work pool is there and of another type.
+        InputError: a work pool is there and of another type, or an image is missing.
     """
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
-        make_pools(client, concurrency=concurrency, working_folder=working_folder)
+        make_pools(client, options)
         make_automations(client)
         return [_deploy(client, item) for item in DEFINITIONS]
 
@@ -99,6 +99,8 @@ def _schedules(client: SyncPrefectClient, flow_name: str, item: Definition) -> l
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the shell; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m deployments.bootstrap", description=__doc__.splitlines()[0])
+    parser.add_argument("--type", default="", choices=TYPES, help="of the work pools, when they are made (process)")
+    parser.add_argument("--image", default="", metavar="NAME", help="image of the containers (docker, kubernetes)")
     parser.add_argument(
         "--concurrency",
         type=int,
@@ -106,15 +108,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="N",
         help="how many experiments run at once over all workers; not given, the limit stays as it is (none at first)",
     )
-    parser.add_argument("--working-folder", default="", metavar="DIR", help="where runs start")
+    parser.add_argument("--working-folder", default="", metavar="DIR", help="where processes start")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write prefect.yaml and deploy nothing")
     options = parser.parse_args(arguments)
     if options.write:
         options.write.write_text(prefect_yaml(), encoding="utf-8")
         return 0
-    quiet_environment()
-    for name in bootstrap(concurrency=options.concurrency, working_folder=options.working_folder):
-        print(name)
+    try:
+        quiet_environment()
+        made = bootstrap(PoolOptions(options.type, options.image, options.concurrency, options.working_folder))
+    except CdpoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print("\n".join(made))
     return 0
 
 

@@ -16,6 +16,7 @@ from cdpo_core.evaluation.result import round_record
 from tasks.dual import OfflinePlan, candidate, choose_round, cost_upper, dual_round, plan_dual
 from tasks.evaluation import exact_floor
 from tasks.journal import Journal
+from tasks.prefect_patience import ends_when_there
 from tasks.records import Prepared, Scored
 from tasks.rounds import measure_policy, train_policy
 from tasks.workbench import Workbench
@@ -59,6 +60,7 @@ class Alignment:
 
 
 @flow(name="align", validate_parameters=False)
+@ends_when_there
 def align(bench: Workbench, prepared: Prepared, scored: Scored, journal: Journal | None = None) -> Alignment:
     """Train at lambda, measure on the selection prompts, move lambda; then choose among the rounds."""
     plan = plan_dual(bench, prepared, scored)

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -21,14 +22,15 @@ from uuid import UUID
 from cdpo_core.artifacts import Store
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.models.checkpoints import is_local
+from cdpo_core.stages import Progress
 from flows.experiment import experiment, sections
 from flows.grid import Combination, words
 from tasks.child_runs import POLL_SECONDS, ChildRuns
-from tasks.environment import cdpo_home
 from tasks.external import RESERVED_BASES
+from tasks.prefect_patience import begun
 from tasks.result import outcome_name
 from tasks.tracking import experiment_key
-from tasks.workbench import open_workbench, outcome
+from tasks.workbench import open_workbench, outcome, store_of
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
@@ -111,7 +113,7 @@ def run_here(children: Sequence[Child], parent_run: str, told: Listener) -> list
     """Run the children in this process, one after another; one that fails is listed and the others go on."""
     found = []
     for child in children:
-        state = experiment(**sections(child.below(parent_run)), return_state=True)
+        state = begun(partial(experiment, **sections(child.below(parent_run)), return_state=True))
         try:
             ended = Ended(child, outcome(state))
         except Exception as error:  # whatever a child dies of, the others are sound
@@ -128,6 +130,7 @@ def run_on_workers(
     store: Store,
     at_once: int,
     told: Listener,
+    progress: Progress,
     *,
     from_here: bool = False,
 ) -> list[Ended]:
@@ -143,10 +146,12 @@ def run_on_workers(
         store: where they write their result records.
         at_once: most children at once; 0 is no limit but the work pool's.
         told: called with each child as it ends.
+        progress: called with how many of the children have ended.
         from_here: the sweep runs on this machine, so paths are meant from its working folder.
     """
     waiting, ended = list(children), dict[tuple[int, ...], Ended]()
     watch = _Watch(runs, store)
+    progress("", 0, len(children))
     try:
         while waiting or watch.running:
             free = (at_once or len(children)) - len(watch.running)
@@ -158,6 +163,7 @@ def run_on_workers(
             for found in watch.newly_ended():
                 ended[found.child.place] = found
                 told(found)
+                progress("", len(ended), len(children))
             if watch.running:
                 time.sleep(POLL_SECONDS)
     except BaseException as error:
@@ -176,8 +182,7 @@ class _Watch:
         self._started: set[UUID] = set()
 
     def start(self, child: Child, config: ExperimentConfig) -> None:
-        parameters = {name: _plain(value) for name, value in sections(config).items()}
-        run, is_new = self._runs.start(child.identity, config.name, parameters)
+        run, is_new = self._runs.start(child.identity, config.name, config.model_dump(mode="json"))
         self.running[run.id] = child
         if is_new:
             self._started.add(run.id)
@@ -213,13 +218,6 @@ class _Watch:
         return Ended(child, result)
 
 
-def _plain(value: Any) -> Any:
-    """A section as JSON."""
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
-
-
 def _seen_from_here(config: ExperimentConfig) -> ExperimentConfig:
     """The config with absolute paths: a worker on this machine may start runs in another folder."""
 
@@ -231,13 +229,12 @@ def _seen_from_here(config: ExperimentConfig) -> ExperimentConfig:
         return section.model_copy(update={"base": absolute(section.base)}) if is_path else section
 
     source = config.data.source if config.on_testbed else absolute(config.data.source)
-    store = absolute(config.store.uri) if config.store.uri else str(cdpo_home() / "store")
     return config.model_copy(
         update={
             "data": config.data.model_copy(update={"source": source}),
             "policy": based(config.policy),
             "reward": based(config.reward),
             "constraints": [based(item) for item in config.constraints],
-            "store": config.store.model_copy(update={"uri": store}),
+            "store": config.store.model_copy(update={"uri": store_of(config).uri}),
         }
     )

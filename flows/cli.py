@@ -11,11 +11,27 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import App, CycloptsError, Parameter, validators
+from cyclopts import App, CycloptsError, Parameter
 
 from cdpo_core.errors import InputError
 from flows.begin import begin
-from flows.command_line import check_writable, default_to_nothing, split_tokens, write_json
+from flows.command_line import (
+    EXAMPLES,
+    FIELDS,
+    AtOnce,
+    Config,
+    Json,
+    Limit,
+    Name,
+    Overrides,
+    Seed,
+    StoreUri,
+    check_writable,
+    default_to_nothing,
+    split_tokens,
+    write_json,
+)
+from flows.store import store as store_commands
 from flows.terminal import print_error, showing_progress
 from flows.up_command import up
 from tasks.environment import quiet_environment
@@ -27,39 +43,6 @@ if TYPE_CHECKING:
 
 DONE, FAILED, BAD_INPUT, NOT_CERTIFIED, INTERRUPTED = 0, 1, 2, 3, 130
 
-EXAMPLES = """\
-Examples:
-  cdpo run testbed              from nothing to a certified policy in minutes
-  cdpo run testbed --limit -1   another limit; what is unchanged is kept
-  cdpo run my.yaml --data.source pairs.jsonl --dpo.beta 0.1 --json result.json
-  cdpo sweep testbed --limits -0.9,-0.7,-0.5,-0.3
-  cdpo check-data pairs.jsonl   what a data set holds
-  cdpo up                       Prefect and MLflow in the browser
-
-CONFIG is a YAML file or the name of a shipped preset.
-Any of its fields can be set: --dpo.beta 0.25, --constraints.0.limit -1.
---debug adds the traceback to an error.
-After Ctrl-C or a crash the same command continues; nothing finished is lost.
-Exit codes: 0 done, 1 failure, 2 bad input, 3 no certified policy."""
-
-FIELDS = """\
-Any field of the config can be set, for example:
-  --dpo.beta 0.25 --constraints.0.limit -1 --data.source pairs.jsonl
---debug adds the traceback to an error."""
-
-Config = Annotated[str, Parameter(help="YAML file, or the name of a shipped preset (testbed, tiny, …).")]
-Json = Annotated[Path | None, Parameter(name="--json", help="Write the result to this file.", metavar="FILE")]
-Limit = Annotated[
-    str | None,
-    Parameter(help="Largest allowed mean cost, of the first constraint.", allow_leading_hyphen=True, metavar="COST"),
-]
-Seed = Annotated[str | None, Parameter(help="Seed of every random stream.", metavar="N")]
-StoreUri = Annotated[str | None, Parameter(help="Artifact store: a folder, or s3://bucket/prefix.", metavar="URI")]
-Name = Annotated[str | None, Parameter(help="Name shown in the UIs.", metavar="TEXT")]
-AT_ONCE = "Run N at once on the workers of `cdpo up` (0: all they take); else one by one, here."
-AtOnce = Annotated[int | None, Parameter(help=AT_ONCE, metavar="N", validator=validators.Number(gte=0))]
-Overrides = Annotated[dict[str, str] | None, Parameter(parse=False)]
-
 app = App(
     name="cdpo",
     help="Constrained DPO: a language model, preferences and a limit on harm in, a certified policy out.",
@@ -70,7 +53,8 @@ app = App(
 )
 
 
-app.command(up, sort_key=8, help_epilogue="")
+app.command(store_commands)
+app.command(up, sort_key=9, help_epilogue="")
 
 
 @app.command(sort_key=1, help_epilogue=FIELDS)
@@ -291,7 +275,7 @@ def sample(
     return DONE
 
 
-@app.command(sort_key=9, help_epilogue="")
+@app.command(sort_key=10, help_epilogue="")
 def doctor(
     config: Annotated[str, Parameter(help="YAML file or preset.")] = "testbed", *, overrides: Overrides = None
 ) -> int:

@@ -1,4 +1,4 @@
-"""What cyclopts does not do for `cdpo`: config fields as options, and results written whole or not at all."""
+"""The options that commands share, and what cyclopts does not do: config fields as options, results written whole."""
 
 from __future__ import annotations
 
@@ -9,9 +9,44 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import Parameter, validators
 
 from cdpo_core.errors import InputError
+
+EXAMPLES = """\
+Examples:
+  cdpo run testbed              from nothing to a certified policy in minutes
+  cdpo run testbed --limit -1   another limit; what is unchanged is kept
+  cdpo run my.yaml --data.source pairs.jsonl --dpo.beta 0.1 --json result.json
+  cdpo sweep testbed --limits -0.9,-0.7,-0.5,-0.3
+  cdpo check-data pairs.jsonl   what a data set holds
+  cdpo up                       Prefect and MLflow in the browser
+
+CONFIG is a YAML file or the name of a shipped preset.
+Any of its fields can be set: --dpo.beta 0.25, --constraints.0.limit -1.
+--debug adds the traceback to an error.
+After Ctrl-C or a crash the same command continues; nothing finished is lost.
+Exit codes: 0 done, 1 failure, 2 bad input, 3 no certified policy."""
+
+FIELDS = """\
+Any field of the config can be set, for example:
+  --dpo.beta 0.25 --constraints.0.limit -1 --data.source pairs.jsonl
+--debug adds the traceback to an error."""
+
+Config = Annotated[str, Parameter(help="YAML file, or the name of a shipped preset (testbed, tiny, …).")]
+Json = Annotated[Path | None, Parameter(name="--json", help="Write the result to this file.", metavar="FILE")]
+Limit = Annotated[
+    str | None,
+    Parameter(help="Largest allowed mean cost, of the first constraint.", allow_leading_hyphen=True, metavar="COST"),
+]
+Seed = Annotated[str | None, Parameter(help="Seed of every random stream.", metavar="N")]
+StoreUri = Annotated[str | None, Parameter(help="Artifact store: a folder, or s3://bucket/prefix.", metavar="URI")]
+Name = Annotated[str | None, Parameter(help="Name shown in the UIs.", metavar="TEXT")]
+AT_ONCE = "Run N at once on the workers of `cdpo up` (0: all they take); else one by one, here."
+AtOnce = Annotated[int | None, Parameter(help=AT_ONCE, metavar="N", validator=validators.Number(gte=0))]
+Overrides = Annotated[dict[str, str] | None, Parameter(parse=False)]
 
 
 def split_tokens(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:

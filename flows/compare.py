@@ -32,7 +32,8 @@ from tasks.comparison import ComparisonJournal
 from tasks.environment import RUN_TAG
 from tasks.evaluation import limits_by_name
 from tasks.metric_points import timestamp_ms
-from tasks.prefect_patience import begun
+from tasks.prefect_patience import begun, ends_when_there
+from tasks.uses import enter_run, noting_uses
 from tasks.workbench import open_workbench, outcome, report_progress_to
 
 Limits = Annotated[list[str], Field(min_length=1)]
@@ -49,6 +50,7 @@ class Cell:
 
 @flow(name="compare", flow_run_name="compare {name}", persist_result=False)
 @takes_sections
+@ends_when_there
 def compare(config: ExperimentConfig, limits: Limits, seeds: Seeds, methods: list[str]) -> State[dict[str, Any]]:
     """Methods side by side at each limit: reward over cost, intervals over seeds, and what each took.
 
@@ -62,7 +64,10 @@ def compare(config: ExperimentConfig, limits: Limits, seeds: Seeds, methods: lis
     identity: dict[str, Any] = {"limits": limits, "seeds": seeds, "methods": [method.name for method in chosen]}
     journal = ComparisonJournal(config, identity)
     try:
-        result = _conduct(config, limits, seeds, chosen)
+        with noting_uses() as used:
+            result = _conduct(config, limits, seeds, chosen)
+        facts = {"ended_ms": result["ended_ms"], "tracking": journal.record()}
+        enter_run(journal.bench.store, "comparison", journal.key, config.name, used.values(), facts)
         ended = result.pop("ended_ms")
         result |= {"name": config.name, **identity, "tracking": journal.record()}
         result["report"] = str(journal.closed(result, ended))

@@ -11,6 +11,7 @@ from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.evaluation.measure import Measured
 from flows.align import Alignment
 from tasks.evaluation import Certified, certify_policy, enumerate_reference, judge_policy, test_policy
+from tasks.prefect_patience import ends_when_there
 from tasks.records import Prepared, Scored
 from tasks.rounds import train_policy
 from tasks.workbench import Workbench
@@ -34,6 +35,7 @@ class Evaluation:
 
 
 @flow(name="evaluate", validate_parameters=False)
+@ends_when_there
 def evaluate(bench: Workbench, prepared: Prepared, scored: Scored, alignment: Alignment) -> Evaluation:
     """The certificate on prompts that nothing has seen, the test figures, the exact judge."""
     policy = alignment.policy

@@ -15,6 +15,7 @@ from typing import Any
 from prefect import flow, tags
 from prefect.states import Completed, State
 
+from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.stages import Progress
 from flows.align import Alignment, align
@@ -25,12 +26,13 @@ from flows.prepare import prepare
 from flows.sections import takes_sections
 from tasks.environment import RUN_TAG
 from tasks.journal import Journal, announce
-from tasks.prefect_patience import part
+from tasks.prefect_patience import ends_when_there, part
 from tasks.prefect_records import flow_run_id
 from tasks.preference_models import scorer_reports
 from tasks.records import Prepared, Scored
 from tasks.report import draw_figures, report_folder, write_json, write_report, write_samples
 from tasks.result import Outcome, experiment_result, outcome_name
+from tasks.uses import enter_run
 from tasks.workbench import Workbench, open_workbench, outcome, report_progress_to
 
 STATE_NAMES = {"certified": "Certified", "not_certified": "NotCertified", "infeasible": "Infeasible"}
@@ -38,6 +40,7 @@ STATE_NAMES = {"certified": "Certified", "not_certified": "NotCertified", "infea
 
 @flow(name="experiment", flow_run_name="{name}", persist_result=False)
 @takes_sections
+@ends_when_there
 def experiment(config: ExperimentConfig) -> State[dict[str, Any]]:
     """A policy as helpful as the limit on harm allows, with evidence that it keeps the limit."""
     bench = open_workbench(config)
@@ -94,7 +97,12 @@ def _conduct(bench: Workbench) -> dict[str, Any]:
         write_json(result, folder / "result.json")
         chosen = (result["policy"] or {}).get("digest", "none")
         # A change of the code may give the same experiment another policy: each has a record of its own.
-        bench.put_record(f"results/{journal.key}-{chosen[:12]}", result)
+        record = f"results/{journal.key}-{chosen[:12]}"
+        bench.put_record(record, result)
+        used = [(done.ref, done.label) for done in bench.results if done.ref is not None]
+        used.append((ArtifactRef(**result["report_artifact"]), "report"))
+        facts = {name: result[name] for name in ("status", "ended_ms")} | {"result": record}
+        enter_run(bench.store, "experiment", journal.key, bench.config.name, used, facts)
         journal.closed(result, folder)
         result["tracking"]["kept"] = journal.tracker.kept()
         result["report"] = str(folder)

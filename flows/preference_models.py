@@ -5,12 +5,14 @@ from __future__ import annotations
 from prefect import flow
 
 from tasks.data import sample_split, split_prompts
+from tasks.prefect_patience import ends_when_there
 from tasks.preference_models import score, train_scorers
 from tasks.records import Prepared, Scored
 from tasks.workbench import Workbench
 
 
 @flow(name="preference-models", validate_parameters=False)
+@ends_when_there
 def preference_models(bench: Workbench, prepared: Prepared) -> Scored:
     """Train or load the scorers, split the prompts by their mean cost, score the reference samples."""
     data, reference = prepared.data, prepared.reference

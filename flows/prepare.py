@@ -5,11 +5,13 @@ from __future__ import annotations
 from prefect import flow
 
 from tasks.data import prepare_data, sample_split, train_reference
+from tasks.prefect_patience import ends_when_there
 from tasks.records import Prepared
 from tasks.workbench import Workbench
 
 
 @flow(name="prepare", validate_parameters=False)
+@ends_when_there
 def prepare(bench: Workbench) -> Prepared:
     """Data, supervised fine-tuning, and the reference's responses that stratify the splits."""
     data = prepare_data(bench)

@@ -25,23 +25,24 @@ RULES: dict[str, Any] = {
     "seed": Annotated[int, Field(ge=0)],
     "constraints": Annotated[list[ConstraintConfig], Field(min_length=1)],
 }
+# In the order of the form: what a user sets first comes first.
 WORDS = {
-    "name": "shown in the UIs.",
-    "seed": "of every random stream.",
-    "data": "the preferences, and how their prompts are split.",
-    "testbed": "the oracle world, used when data.source is `testbed`.",
-    "policy": "the language model that is aligned.",
-    "sft": "fine-tuning that makes the reference policy.",
-    "reward": "the model of what is better.",
-    "constraints": "the limits on harm, each with its cost model.",
-    "dpo": "one round of training.",
-    "dual": "how lambda moves from round to round.",
-    "sampling": "how many responses are drawn for each prompt.",
-    "certificate": "the test the returned policy must pass.",
-    "evaluation": "what is measured besides.",
-    "store": "where artifacts are kept.",
+    "name": "Name shown in the UIs (1 to 100 characters).",
+    "constraints": "The limits on harm, each with its cost model (at least one).",
+    "data": "The preferences, and how their prompts are split.",
+    "policy": "The language model that is aligned.",
+    "seed": "Seed of every random stream. At least 0.",
+    "dpo": "One round of training.",
+    "dual": "How lambda moves from round to round.",
+    "certificate": "The test the returned policy must pass.",
+    "sampling": "Numbers of responses drawn for each prompt.",
+    "sft": "Fine-tuning that makes the reference policy.",
+    "reward": "The model of what is better.",
+    "evaluation": "What is measured besides.",
+    "testbed": "The oracle world, used when data.source is `testbed`.",
+    "compute": "The machine; changes no result but by rounding.",
+    "store": "Where artifacts are kept.",
     "tracking": "MLflow.",
-    "compute": "the machine; changes no result but by rounding.",
 }
 
 
@@ -64,8 +65,8 @@ def takes_sections(function: Callable[..., Any]) -> Callable[..., Any]:
     parameters = [
         item.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]) for name, item in own.items()
     ]
-    for name, field in ExperimentConfig.model_fields.items():
-        annotation = RULES.get(name, field.annotation)
+    for name in WORDS:
+        annotation = RULES.get(name, ExperimentConfig.model_fields[name].annotation)
         default = getattr(DEFAULT, name)
         parameters.append(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

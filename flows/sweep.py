@@ -31,6 +31,7 @@ from flows.sections import takes_sections
 from tasks.child_runs import WORKER_SECONDS, ChildRuns, deployed_with_workers, this_flow_run
 from tasks.environment import RUN_TAG
 from tasks.frontier import SweepJournal, choose_for_sweep
+from tasks.prefect_patience import ends_when_there
 from tasks.prefect_records import experiment_tag
 from tasks.workbench import outcome, report_progress_to
 
@@ -65,6 +66,7 @@ class ChildrenFailed(CdpoError):
 
 @flow(name="sweep", flow_run_name="{name}", persist_result=False)
 @takes_sections
+@ends_when_there
 def sweep(
     config: ExperimentConfig,
     limits: Limits,
@@ -76,12 +78,12 @@ def sweep(
     """One experiment for each limit of the first constraint (and each seed and setting), and the frontier they draw.
 
     Args:
-        limits: of the first constraint, one experiment each (cost units).
-        seeds: of every random stream, each with all limits; none for the config's own. On the testbed they share one
-            world; `testbed.seed` in `vary` is worlds.
-        vary: further settings, each with all limits, as `section.field=value,value`; for example `dpo.beta=0.5,1`.
-        at_once: most experiments at once on workers; 0 is as many as the work pool takes.
-        run_on: where the experiments run: `workers` (each a run of the deployment `experiment/experiment`), `here`
+        limits: Limits of the first constraint, one experiment each (cost units; at least one).
+        seeds: Seeds of every random stream, each with all limits; none for the config's own. On the testbed they
+            share one world; worlds are varied by `testbed.seed=0,1` in `vary`.
+        vary: Further settings, each with all limits, as `section.field=value,value`; for example `dpo.beta=0.5,1`.
+        at_once: Most experiments at once on workers; 0 is as many as the work pool takes. At least 0.
+        run_on: Where the experiments run: `workers` (each a run of the deployment `experiment/experiment`), `here`
             (in this sweep's own process, one after another), or `auto`: on workers if the sweep itself runs on one.
     """
     found = combinations(config, seeds, vary)
@@ -138,11 +140,12 @@ def _conduct(
     journal: SweepJournal, children: list[Child], limits: list[float], at_once: int, run_on: Place
 ) -> dict[str, Any]:
     ended = _run(journal, children, at_once, run_on)
-    results = [
-        {**item.result, "settings": dict(item.child.settings), "number": number}
+    found = [
+        (item.child.config, {**item.result, "settings": dict(item.child.settings), "number": number})
         for number, item in enumerate(ended)
         if item.result is not None
     ]
+    results = [result for _, result in found]
     return {
         "name": journal.config.name,
         "limits": limits,
@@ -150,7 +153,7 @@ def _conduct(
         "failed": [_failure(item) for item in ended if item.result is None],
         "frontier": frontier_points(results),
         "exact_frontier": exact_frontier(results),
-        "chosen": choose_for_sweep(journal.bench, results, tested=len(children)),
+        "chosen": choose_for_sweep(found, tested=len(children)),
         "tracking": journal.record(),
     }
 
@@ -169,7 +172,7 @@ def _run(journal: SweepJournal, children: list[Child], at_once: int, run_on: Pla
     """Run the children on workers or here; `auto` is on workers for a sweep that is itself a deployment's run."""
     parent = this_flow_run()
     is_deployed = parent.deployment_id is not None
-    told = _listener(journal, len(children))
+    told = _listener(journal)
     if run_on == "here" or (run_on == "auto" and not is_deployed):
         return run_here(children, journal.run_id, told)
     with get_client(sync_client=True) as client:
@@ -177,7 +180,10 @@ def _run(journal: SweepJournal, children: list[Child], at_once: int, run_on: Pla
         if deployment is not None:
             runs = ChildRuns(client, deployment, parent, experiment_tag(journal.key))
             store = journal.bench.store
-            return run_on_workers(children, journal.run_id, runs, store, at_once, told, from_here=not is_deployed)
+            progress = journal.bench.runtime(f"children of {journal.config.name}").progress
+            return run_on_workers(
+                children, journal.run_id, runs, store, at_once, told, progress, from_here=not is_deployed
+            )
     if run_on == "workers":
         raise InputError(
             f"the children cannot run on workers: {reason}",
@@ -188,20 +194,15 @@ def _run(journal: SweepJournal, children: list[Child], at_once: int, run_on: Pla
     return run_here(children, journal.run_id, told)
 
 
-def _listener(journal: SweepJournal, children: int) -> Listener:
-    """Tells the tracker, the log and the progress of each child that ends."""
-    ended: list[Ended] = []
-    report = journal.bench.runtime(f"children of {journal.config.name}").progress
+def _listener(journal: SweepJournal) -> Listener:
+    """Tells the log and the tracker of each child that ends."""
 
     def told(one: Ended) -> None:
-        ended.append(one)
         name = one.child.config.name
         if one.result is None:
             log.error("%s failed: %s", name, one.error)
         else:
             log.info("%s: %s", name, one.result["status"].replace("_", " "))
             journal.child_ended({**one.result, "settings": one.child.settings})
-        if report is not None:
-            report("", len(ended), children)
 
     return told

@@ -193,7 +193,7 @@ def log_to_file(folder: Path, command: str) -> Path:
     """
     make_log_folder(folder)
     path = folder / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-    to_file = _LogFile(path, encoding="utf-8")
+    to_file = LogFile(path, encoding="utf-8")
     # Prefect configures logging when it is imported, so what it set up can be taken away only afterwards.
     import prefect  # noqa: F401
 
@@ -248,10 +248,14 @@ def _disk_full(error: BaseException) -> CdpoError | None:
     return None
 
 
-class _LogFile(logging.FileHandler):
-    """A log file; that its disk is full is said once by the error that ends the run, not with every line."""
+class LogFile(logging.FileHandler):
+    """A log file; that its disk is full is said once by the error that ends the run, not with every line.
+
+    Prefect leaves the root logger to handlers of the user's, which it takes to be those named without an underscore.
+    """
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """A record that a full disk does not take is lost; whatever else goes wrong is said."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
 

@@ -7,6 +7,7 @@ finds its children again. The Prefect server may be away for minutes meanwhile.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelling, Pending, Scheduled
 
 from cdpo_core.errors import CdpoError
+from tasks.environment import TEMPORARY_PREFECT
 from tasks.prefect_records import experiment_tag
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ def deployed_with_workers(
     Args:
         wait_seconds: how long a worker may take to come; one that starts together with this run needs a moment.
     """
-    if not PREFECT_API_URL.value():
+    if not PREFECT_API_URL.value() or os.environ.get(TEMPORARY_PREFECT):
         return None, "no Prefect server (PREFECT_API_URL is not set)"
     deadline = time.monotonic() + wait_seconds
     while True:

@@ -17,6 +17,9 @@ DEFAULT_STORE = "CDPO_STORE"
 # What the automation that ends killed runs waits for; Prefect allows no shorter interval.
 HEARTBEAT_SECONDS = 30
 HEARTBEAT = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)}
+# What every run's process must be told, whoever started its worker. Its requests are repeated for 2 + 4 + … + 128 s,
+# so that it outlives a Prefect server that is away for minutes (the default gives up after 62 s).
+RUN_SETTINGS = {**HEARTBEAT, "PREFECT_CLIENT_MAX_RETRIES": "7"}
 # Every run of this project carries it, nested ones too: automations leave other people's runs alone.
 RUN_TAG = "cdpo"
 
@@ -24,7 +27,7 @@ _QUIET = {
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    **HEARTBEAT,
+    **RUN_SETTINGS,
     # A run that died before it was cancelled has nobody to say that it ended; a worker takes 30 s at most.
     "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_CANCELLING_TIMEOUT_SECONDS": "60",
     # MLflow looks for a git executable to tag runs with a commit; none is needed.
@@ -36,8 +39,6 @@ _QUIET = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    # 2 + 4 + … + 128 s: a run outlives a Prefect server that is away for minutes (the default gives up after 62 s).
-    "PREFECT_CLIENT_MAX_RETRIES": "7",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "cdpo_core,tasks,flows",
     # What is said outside any flow goes to the log file alone.
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",

@@ -29,30 +29,31 @@ from tasks.review_tracking import ReviewTracker
 from tasks.rounds import measured_from
 from tasks.sweep_review import publish_sweep_report, tell_reviewers
 from tasks.tracking import experiment_key
+from tasks.uses import enter_run
 from tasks.workbench import Workbench, open_workbench
 
 # What a child's MLflow run names by itself.
 PARAMS_OF_A_CHILD = ("seed", "testbed.seed", "dpo.beta", "dpo.labels", "dual.update", "data.source")
 
 
-def choose_for_sweep(bench: Workbench, children: Sequence[Mapping[str, Any]], tested: int = 0) -> dict[str, Any] | None:
+def choose_for_sweep(found: Sequence[tuple[ExperimentConfig, Mapping[str, Any]]], tested: int) -> dict[str, Any] | None:
     """The certified child with the most test reward when delta is split over all of them; None without one.
 
     Choosing the best of several tested policies is several tests, so each must pass at
     delta / number of tests (Bonferroni).
 
     Args:
-        bench: of the sweep.
-        children: the result records there are.
-        tested: how many children the sweep has, with those that have no result yet; 0 is as many as are given.
+        found: the children that have a result record, with their configs.
+        tested: how many children the sweep has, with those that have no result yet.
     """
-    if not children:
-        return None
-    delta = bench.config.certificate.delta / (tested or len(children))
-    passed = [child for child in children if child["status"] == "certified" and _passes_at(bench, child, delta)]
+    passed = []
+    for config, child in found:
+        delta = config.certificate.delta / tested
+        if child["status"] == "certified" and _passes_at(open_workbench(config), child, delta):
+            passed.append((child, delta))
     if not passed:
         return None
-    best = max(passed, key=lambda child: child["test"]["reward"]["mean"])
+    best, delta = max(passed, key=lambda item: item[0]["test"]["reward"]["mean"])
     return {key: best[key] for key in ("limit", "settings", "lambda", "policy", "test")} | {"delta": delta}
 
 
@@ -121,8 +122,11 @@ class SweepJournal:
         self.tracker.set_tags(self.run_id, {"chosen": chosen, "failed": failed})
         model = self.config.tracking.model_name or f"cdpo-{self.config.name}"
         tell_reviewers(self.tracker, self.run_id, self.key, result, model, folder)
-        show_markdown(f"frontier-{self.key}", _markdown(result), "reward over cost along the limits")
+        show_markdown(f"frontier-{self.key[:12]}", _markdown(result), "reward over cost along the limits")
         ended = max((child["ended_ms"] for child in result["children"]), default=0)
+        report = ArtifactRef(**result["report_artifact"])
+        facts = {"ended_ms": ended, "tracking": self.record()}
+        enter_run(self.bench.store, "sweep", self.key, self.config.name, [(report, "report")], facts)
         self.tracker.finish(self.run_id, "FAILED" if result["failed"] else "FINISHED", ended)
         return folder
 

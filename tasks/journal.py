@@ -103,7 +103,7 @@ class Journal:
             for row in rows
         ]
         table = markdown_table(heads, cells)
-        show_markdown(f"price-{self.key}", f"## What a limit costs\n\n{table}", "predicted from reference samples")
+        show_markdown(f"price-{self.key[:12]}", f"## What a limit costs\n\n{table}", "predicted from reference samples")
 
     def round(self, rounds: Sequence[Mapping[str, Any]], policy: ArtifactRef) -> None:
         """The latest of the rounds: its training curve, its figures, the table in the Prefect UI."""
@@ -112,7 +112,7 @@ class Journal:
         points = training_points(training, record["round"], self.bench.config.dpo.steps, self._time_of(policy))
         points += round_points(record, self.bench.names, self.limits, self._time_of(policy))
         self.tracker.log_points(self.run_id, points)
-        show_markdown(f"rounds-{self.key}", rounds_markdown(rounds, self.bench.names, self.limits))
+        show_markdown(f"rounds-{self.key[:12]}", rounds_markdown(rounds, self.bench.names, self.limits))
 
     def closed(self, result: Mapping[str, Any], folder: Path) -> None:
         """The result: figures, files, tags, the verdict, and the registered policy if it is certified.
@@ -134,7 +134,7 @@ class Journal:
             self.tracker.log_table(self.run_id, pd.read_parquet(samples), "samples.json")
         self._describe(result, ended)
         self._register(result)
-        show_markdown(f"verdict-{self.key}", verdict_markdown(result), result["status"].replace("_", " "))
+        show_markdown(f"verdict-{self.key[:12]}", verdict_markdown(result), result["status"].replace("_", " "))
         self.tracker.finish(self.run_id, "FINISHED", ended)
 
     def ended_ms(self) -> int:
@@ -188,9 +188,13 @@ def tell_failure(tracker: Tracker, run_id: str) -> None:
 
 
 def verdict_markdown(result: Mapping[str, Any]) -> str:
-    """The verdict and the methods' figures, for the Prefect UI."""
+    """The verdict, the methods' figures, the rounds with the charts of λ and cost, for the Prefect UI."""
     means, tails = _by_method(result, mean_figures(result)), _by_method(result, tail_figures(result))
-    return f"## {verdict(result)}\n\n{means}\n\n### Beyond the mean\n\n{tails}"
+    parts = [f"## {verdict(result)}", means]
+    if result["rounds"]:
+        names, limits = ([item[key] for item in result["constraints"]] for key in ("name", "limit"))
+        parts.append(rounds_markdown(result["rounds"], names, limits))
+    return "\n\n".join([*parts, "### Beyond the mean", tails])
 
 
 def _by_method(result: Mapping[str, Any], heads: Mapping[str, str]) -> str:

@@ -103,7 +103,7 @@ def scorer_points(scorers: Mapping[str, Mapping[str, Any]], timestamp: int) -> l
 
 
 def result_points(result: Mapping[str, Any], timestamp: int) -> list[MetricPoint]:
-    """test/* (with _low and _high), oracle/* and scorer/* of a result record, at step 0.
+    """test/* (with _low and _high) and oracle/* of a result record, at step 0; scorer/* were told when they were known.
 
     With several constraints also oracle/true_cost/<name> and so on, one for each. MLflow draws a metric that never
     leaves step 0 as a bar with its value, and any other as a line, which of one point shows nothing.
@@ -123,7 +123,7 @@ def result_points(result: Mapping[str, Any], timestamp: int) -> list[MetricPoint
     constraints = result.get("constraints") or []
     for item in constraints if len(constraints) > 1 else []:
         values |= {f"oracle/{figure}/{item['name']}": item.get(figure) for figure in ORACLE_FIGURES}
-    return _points(values, 0, timestamp) + scorer_points(result.get("scorers") or {}, timestamp)
+    return _points(values, 0, timestamp)
 
 
 def varying_params(config: ExperimentConfig) -> dict[str, str]:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cdpo_core.errors import CdpoError, InputError
+from tasks.access import FIX as LOGIN_FIX
+from tasks.access import mlflow_authorization
 from tasks.environment import local_mlflow, quiet_environment
 from tasks.patience import ServerAway
 
@@ -54,6 +56,27 @@ def connect(tracking: TrackingConfig, home: Path) -> tuple[Any, str, str]:
         with _alone_at_the_tables(uri):
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             return client, uri, _find_or_create_experiment(client, tracking.experiment, artifacts)
+
+
+def reader(tracking: TrackingConfig, home: Path) -> tuple[Any, str]:
+    """A client that only reads, and the address; nothing is made there. (None, address) where no run was ever tracked.
+
+    Args:
+        tracking: see `connect`.
+        home: see `connect`.
+
+    Raises:
+        InputError: see `connect`; ServerAway is one.
+    """
+    quiet_environment()
+    uri = address(tracking, home)
+    if uri == local_mlflow(home)[0] and not (home / "mlflow.db").exists():
+        return None, uri
+    _check_reachable(uri)
+    with mlflow_errors(InputError, without_secrets(uri), FIX, away=ServerAway), _alone_at_the_tables(uri):
+        from mlflow import MlflowClient
+
+        return MlflowClient(tracking_uri=uri, registry_uri=uri), uri
 
 
 def address(tracking: TrackingConfig, home: Path) -> str:
@@ -104,6 +127,9 @@ def mlflow_errors(kind: type[CdpoError], where: str, fix: str, away: type[CdpoEr
     try:
         yield
     except (MlflowException, RequestException, Boto3Error, BotoCoreError, ClientError) as error:
+        if isinstance(error, MlflowException) and error.get_http_status_code() == 401:
+            answer = "refuses this login" if mlflow_authorization(os.environ) else "asks for a login"
+            raise kind(f"the MLflow server {answer}", where=where, fix=LOGIN_FIX) from error
         reason = without_secrets((str(error).splitlines() or [type(error).__name__])[0])[:300]
         raise (away or kind if is_away(error) else kind)(f"MLflow: {reason}", where=where, fix=fix) from error
 

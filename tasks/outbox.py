@@ -1,8 +1,9 @@
 """What MLflow could not be told while it was away, kept in the artifact store until it is back.
 
-One record an entry, under `outbox/<MLflow's place>/<run>/<number>-<random>`: the number keeps a run's entries in order
-without asking a clock, the random part makes a name that is never used again, so that removing what was sent can
-remove nothing else. Any process may send any entry, two may send the same: what is sent twice is there once.
+One record an entry, under `outbox/<MLflow's place>/<run>/<number>-<random>`: the number, one more than the largest
+there, keeps the order without asking a clock, also between runs (a sweep names a version that its child registered);
+the random part makes a name that is never used again, so that removing what was sent can remove nothing else. Any
+process may send any entry, two may send the same: what is sent twice is there once.
 """
 
 from __future__ import annotations
@@ -48,10 +49,9 @@ class Outbox:
     def __init__(self, store: Store, address: str) -> None:
         self._store, self._address = store, address
         self._place = f"{KEPT}/{hashlib.sha256(address.encode()).hexdigest()[:16]}"
-        self._next: dict[str, int] = {}
 
     def keep(self, run_id: str, call: str, arguments: Mapping[str, Any]) -> None:
-        """Add an entry behind the run's others, durably.
+        """Add an entry behind all that are there, durably.
 
         Args:
             arguments: JSON values; bytes, and the path of a file, are kept as their content.
@@ -60,23 +60,17 @@ class Outbox:
         if isinstance(file, Path) and file.stat().st_size > MOST_BYTES:
             log.warning("MLflow is away, and %s is too large to be kept: the same command sends it later", file.name)
             return
-        if run_id not in self._next:
-            numbers = [int(name.rpartition("/")[2].partition("-")[0]) for name in self.names(run_id)]
-            self._next[run_id] = max(numbers, default=0) + 1
-        name = f"{self._place}/{run_id}/{self._next[run_id]:08d}-{uuid.uuid4().hex[:12]}"
-        self._next[run_id] += 1
+        number = max(map(_number, self.names()), default=0) + 1
+        name = f"{self._place}/{run_id}/{number:08d}-{uuid.uuid4().hex[:12]}"
         packed = {key: _packed(value) for key, value in arguments.items()}
         when = datetime.now(UTC).isoformat(timespec="seconds")
         record = {"address": self._address, "run_id": run_id, "call": call, "arguments": packed, "kept": when}
         self._store.put_record(name, record)
 
     def names(self, run_id: str = "") -> list[str]:
-        """The entries' names, of one run or of all, each run's in the order they were made."""
-        return self._store.record_names(f"{self._place}/{run_id}/" if run_id else f"{self._place}/")
-
-    def runs(self) -> list[str]:
-        """The MLflow runs that have entries here."""
-        return list(dict.fromkeys(name.split("/")[2] for name in self.names()))
+        """The entries' names, of one run or of all, in the order they were made."""
+        found = self._store.record_names(f"{self._place}/{run_id}/" if run_id else f"{self._place}/")
+        return sorted(found, key=_number)
 
     def read(self, name: str) -> Entry | None:
         """The entry of this name; None when it has been sent meanwhile."""
@@ -102,6 +96,10 @@ def kept_entries(store: Store) -> dict[str, int]:
     """How many entries wait in a store, by MLflow address."""
     found = [record for name in store.record_names(f"{KEPT}/") if (record := store.get_record(name))]
     return dict(Counter(str(record["address"]) for record in found))
+
+
+def _number(name: str) -> int:
+    return int(name.rpartition("/")[2].partition("-")[0])
 
 
 def _packed(value: Any) -> Any:

@@ -1,8 +1,9 @@
 """A Prefect server that goes away in mid-run: the run waits for it, and goes on where it was.
 
 Prefect's client repeats its requests (PREFECT_CLIENT_MAX_RETRIES, see tasks.environment), but only once it has been
-connected, and a subflow begins with a client of its own. So a subflow starts when the server answers, and again when
-the server went away just then: its stages are in the store, so nothing is computed twice.
+connected, and a subflow begins with a client of its own; and it sleeps twice as long each time, up to minutes after
+the server is back. So a subflow starts and ends when the server answers, and it starts again when the server went
+away just then: its stages are in the store, so nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, TypeVar
+from functools import wraps
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import httpx
 from prefect.client.orchestration import get_client
+from prefect.context import FlowRunContext
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from tasks.patience import PAUSE_SECONDS
-from tasks.workbench import Workbench
+
+if TYPE_CHECKING:
+    from tasks.workbench import Workbench
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +62,7 @@ def begun(start: Callable[[], T]) -> T:
             else the flow raises.
     """
     for left in reversed(range(TRIES)):
-        _wait_for_server()
+        wait_for_server()
         try:
             return start()
         except httpx.TransportError as error:
@@ -76,7 +81,21 @@ def server_error() -> Exception | None:
         return client.api_healthcheck()
 
 
-def _wait_for_server() -> None:
+def ends_when_there(function: Callable[P, T]) -> Callable[P, T]:
+    """A flow's function that returns when Prefect's server is there to hear of it."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        value = function(*args, **kwargs)
+        if FlowRunContext.get() is not None:
+            wait_for_server()
+        return value
+
+    return call
+
+
+def wait_for_server() -> None:
+    """Wait until Prefect's server answers, OUTAGE_SECONDS at most."""
     deadline, said = time.monotonic() + OUTAGE_SECONDS, False
     while (error := server_error()) is not None and time.monotonic() < deadline:
         if not said:

@@ -29,6 +29,7 @@ from prefect.utilities.urls import url_for
 from tasks.attempts import end_dead_runs, end_former_attempt, this_process
 from tasks.environment import TEMPORARY_PREFECT
 from tasks.orphan import outlive_the_worker
+from tasks.prefect_patience import wait_for_server
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
@@ -104,14 +105,14 @@ def flow_run_url() -> str:
 def link_to_mlflow(url: str, identity: str) -> None:
     """A link artifact from the flow run to its MLflow run; nothing when there is no page (`url` is "")."""
     if url:
-        create_link_artifact(url, "MLflow run", key=f"mlflow-{_slug(identity)}", description="The run in MLflow")
+        create_link_artifact(url, "MLflow run", key=f"mlflow-{_short(identity)}", description="The run in MLflow")
 
 
 @_recorded
 def link_to_report(url: str, identity: str) -> None:
     """A link artifact to the report for people; nothing when no server shows it (`url` is "")."""
     if url:
-        create_link_artifact(url, "Report", key=f"report-{_slug(identity)}", description="The report, in plain words")
+        create_link_artifact(url, "Report", key=f"report-{_short(identity)}", description="The report, in plain words")
 
 
 @_recorded
@@ -123,6 +124,7 @@ def show_markdown(key: str, markdown: str, description: str = "") -> None:
         markdown: may hold Mermaid charts.
         description: one line.
     """
+    wait_for_server()
     create_markdown_artifact(markdown, key=_slug(key), description=description)
 
 
@@ -239,6 +241,11 @@ def _this_run() -> FlowRun | None:
 def _slug(text: str) -> str:
     """Lower-case letters, digits and dashes, which is all an artifact's key may hold."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower().replace("λ", "lambda")).strip("-")[:200]
+
+
+def _short(identity: str) -> str:
+    """As much of an identity as tells experiments apart and fits a card."""
+    return _slug(identity)[:12]
 
 
 def _headed(head: str, names: Sequence[str]) -> list[str]:

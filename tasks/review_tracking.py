@@ -37,7 +37,12 @@ class ReviewTracker(Tracker):
             child: the run that found the policy; "" for none.
             digest: of the policy.
         """
-        self._submit(run_id, "alias", name=name, alias=alias, child=child, digest=digest, tags=dict(tags))
+        call = {"name": name, "alias": alias, "child": child, "digest": digest, "tags": dict(tags)}
+        # The version may be among what is kept, of the child's own process.
+        if self.deliver():
+            self._keep(run_id, "alias", call)
+        else:
+            self._submit(run_id, "alias", **call)
 
     @_tracked(None)
     def tag_experiment(self, run_id: str, tags: Mapping[str, str]) -> None:

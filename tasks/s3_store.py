@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ from botocore.exceptions import ClientError
 
 from cdpo_core.artifacts import BLOCK, FileEntry, Manifest, checked_name, parse_manifest, parse_record
 from cdpo_core.errors import CorruptArtifact, StoreUnavailable
-from cdpo_core.local_store import ObjectFolder, disk_errors
+from cdpo_core.local_store import REFRESH_SECONDS, ObjectFolder, disk_errors
 from tasks.s3_connection import (
     TRANSPORT_ERRORS,
     S3Client,
@@ -81,17 +82,21 @@ class S3Store:
         with self._cache_errors():
             for entry in manifest.entries:
                 self._cache.add(sources[entry.sha256], entry)
-        self._each(self._upload, manifest.entries)
-        name = f"stages/{manifest.stage}/{manifest.key}.json"
+        uploaded = self._each(self._upload, manifest.entries)
+        name = _manifest(manifest)
         while not self._write_new(name, manifest.model_dump_json(indent=1)):
             winner = self.find(manifest.stage, manifest.key)
             if winner is not None:
                 return winner
+        # Until the manifest said that they are needed, what was there before us could be cleaned away.
+        self._each(self._upload, [entry for entry, new in zip(manifest.entries, uploaded, strict=True) if not new])
         return manifest
 
     def check(self, manifest: Manifest) -> None:
-        """Check that every object is in the bucket in its full size."""
+        """Check that every object is in the bucket in its full size, and note that the artifact is in use."""
         self._each(self._check_size, manifest.entries)
+        if not self._refresh(_manifest(manifest), self._head(_manifest(manifest))):
+            raise CorruptArtifact("a manifest is gone", where=self._where(_manifest(manifest)))
 
     def fetch(self, manifest: Manifest) -> Path:
         """A local folder with the artifact's files: from the cache or downloaded, every byte verified."""
@@ -106,7 +111,7 @@ class S3Store:
         for entry in manifest.entries:
             if self._stored_sha256(entry) != entry.sha256:
                 self._move_aside(_object(entry))
-        self._move_aside(f"stages/{manifest.stage}/{manifest.key}.json")
+        self._move_aside(_manifest(manifest))
 
     def manifests(self) -> list[Manifest]:
         """Every readable manifest, sorted by (stage, key)."""
@@ -197,21 +202,41 @@ class S3Store:
         with ThreadPoolExecutor(PARALLEL) as pool:
             return list(pool.map(action, items))
 
-    def _size(self, entry: FileEntry) -> int | None:
+    def _head(self, name: str) -> dict[str, Any] | None:
         try:
-            return self._call(lambda s3: s3.head_object(**self._address(_object(entry)))["ContentLength"])
+            head: dict[str, Any] = self._call(lambda s3: s3.head_object(**self._address(name)))
         except ClientError:
             return None
+        return head
+
+    def _refresh(self, name: str, head: dict[str, Any] | None) -> bool:
+        """Make an object young again if it is older than REFRESH_SECONDS; False when it is not there."""
+        if head is None:
+            return False
+        if (answered_at(head) - head["LastModified"]).total_seconds() < REFRESH_SECONDS:
+            return True
+        place = self._address(name)
+        anew = {"MetadataDirective": "REPLACE"}  # or S3 refuses to copy an object onto itself
+        try:
+            self._call(
+                lambda s3: s3.copy(place, place["Bucket"], place["Key"], ExtraArgs=anew, Config=transfer_settings())
+            )
+        except ClientError:
+            return False
+        return True
 
     def _check_size(self, entry: FileEntry) -> None:
-        size = self._size(entry)
+        head = self._head(_object(entry))
+        size = None if head is None else head["ContentLength"]
         if size != entry.size:
             state = "is missing" if size is None else f"has {size} bytes instead of {entry.size}"
             raise CorruptArtifact(f"a stored object {state}", where=self._where(_object(entry)))
 
-    def _upload(self, entry: FileEntry) -> None:
-        if self._size(entry) == entry.size:
-            return
+    def _upload(self, entry: FileEntry) -> bool:
+        """Store an object, unless it is there in its full size; whether it was stored now."""
+        head = self._head(_object(entry))
+        if head is not None and head["ContentLength"] == entry.size and self._refresh(_object(entry), head):
+            return False
         address = self._address(_object(entry))
 
         def upload(s3: S3Client) -> None:
@@ -219,6 +244,7 @@ class S3Store:
                 s3.upload_fileobj(stream, address["Bucket"], address["Key"], Config=transfer_settings())
 
         self._call(upload)
+        return True
 
     def _download(self, entry: FileEntry) -> None:
         address = self._address(_object(entry))
@@ -286,8 +312,18 @@ def _object(entry: FileEntry) -> str:
     return f"objects/{entry.sha256}"
 
 
+def _manifest(manifest: Manifest) -> str:
+    return f"stages/{manifest.stage}/{manifest.key}.json"
+
+
 def _record(name: str) -> str:
     return f"records/{checked_name(name)}.json"
+
+
+def answered_at(answer: dict[str, Any]) -> datetime:
+    """When the server answered, by its own clock if it says."""
+    said = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+    return parsedate_to_datetime(said) if said else datetime.now(UTC)
 
 
 def put_if_absent(client: S3Client, address: dict[str, str], body: bytes) -> bool:

@@ -296,7 +296,8 @@ class Tracker:
         try:
             return self._asked(lambda: self._calls.send(run_id, call, arguments))
         except ServerAway as error:
-            log.warning("%s; what it is to be told is kept in the store and sent later", error.what)
+            log.warning("MLflow does not answer: what it is to be told is kept in the store and sent later")
+            log.info("it said: %s", error.what)
             self._keep(run_id, call, arguments)
             return None
 
@@ -316,33 +317,31 @@ class Tracker:
         return True
 
     def _deliver_once(self) -> int:
+        """Send the entries in order, until MLflow is away; returns how many are left."""
         assert self._outbox is not None
-        waiting = self._outbox.runs()
-        if waiting and answers(self._uri):
-            sent = sum(self._deliver_run(run_id) for run_id in waiting)
-            log.info("MLflow was sent %d entries that had been kept while it was away", sent)
         self._glanced = time.monotonic()
-        return self.kept() if waiting else 0
-
-    def _deliver_run(self, run_id: str) -> int:
-        """Send a run's entries in order, until one cannot be sent now; returns how many were sent."""
-        assert self._outbox is not None
-        sent = 0
-        for name in self._outbox.names(run_id):
+        waiting, stuck, sent = self._outbox.names(), set[str](), 0
+        if not waiting or not answers(self._uri):
+            return len(waiting)
+        for name in waiting:
             entry = self._outbox.read(name)
-            if entry is None:  # another process has sent it
+            # Without an entry another process has sent it; behind one that cannot be sent the run's others wait.
+            if entry is None or entry.run_id in stuck:
                 continue
             try:
                 self._asked(partial(self._calls.send, entry.run_id, entry.call, entry.arguments))
             except ServerAway:
-                break
+                stuck.add(entry.run_id)
+                if not answers(self._uri):
+                    break
             except CdpoError as error:
                 log.warning("an entry kept for MLflow is refused and set aside: %s", error.what)
                 self._outbox.set_aside(name, error.what)
             else:
                 self._outbox.remove(name)
                 sent += 1
-        return sent
+        log.info("MLflow was sent %d entries that had been kept while it was away", sent)
+        return self.kept()
 
     def _running(self, identity_key: str, name: str, parent_run_id: str) -> Any:
         run_id = self._claimed(_digest([parent_run_id, identity_key]), name, parent_run_id)

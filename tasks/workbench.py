@@ -14,7 +14,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, State
 
-from cdpo_core.artifacts import ArtifactRef, Store
+from cdpo_core.artifacts import ArtifactRef, Manifest, Store
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.stages import (
     Progress,
@@ -31,6 +31,7 @@ from tasks.external import RESERVED_BASES, external_model
 from tasks.prefect_records import ProgressArtifacts
 from tasks.sources import source_ref
 from tasks.storage import open_store
+from tasks.uses import note_use, with_whole
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +82,13 @@ class Workbench:
         """
         label = label or stage.name
         as_task = _stage_task.with_options(name=label, task_run_name=label)
-        state = as_task(self, stage, dict(inputs), label, extra, return_state=True)
-        result: StageResult = outcome(state)
+
+        def make() -> StageResult:
+            result: StageResult = outcome(as_task(self, stage, dict(inputs), label, extra, return_state=True))
+            return result
+
+        result = with_whole(inputs.values(), make)
+        note_use(result.ref, label, inputs.values(), make)
         self.results.append(Done(label, result.cached, result.seconds, result.created, result.ref))
         return result.ref
 
@@ -122,8 +128,8 @@ class Workbench:
         return [item.name for item in self.config.constraints]
 
     def folder(self, ref: ArtifactRef) -> Path:
-        """The artifact's files, verified."""
-        return resolve(ref, self.store)
+        """The artifact's files, verified; what is gone is made again."""
+        return with_whole([ref], lambda: resolve(ref, self.store))
 
     def table(self, ref: ArtifactRef, name: str) -> pd.DataFrame:
         """One table of an artifact."""
@@ -131,15 +137,18 @@ class Workbench:
 
     def seconds(self, ref: ArtifactRef) -> float:
         """How long the artifact took to compute, whenever that was."""
-        return manifest_of(ref, self.store).seconds
+        return self._manifest(ref).seconds
 
     def cpu_seconds(self, ref: ArtifactRef) -> float:
         """How much processor time the artifact took to compute, whenever that was."""
-        return manifest_of(ref, self.store).cpu_seconds
+        return self._manifest(ref).cpu_seconds
 
     def created(self, ref: ArtifactRef) -> str:
         """When the artifact was computed (UTC, ISO 8601)."""
-        return manifest_of(ref, self.store).created
+        return self._manifest(ref).created
+
+    def _manifest(self, ref: ArtifactRef) -> Manifest:
+        return with_whole([ref], lambda: manifest_of(ref, self.store))
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)

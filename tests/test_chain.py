@@ -110,6 +110,16 @@ def test_limit_that_does_not_bind_ends_at_lambda_zero(swept: tuple[Path, int, di
     assert slack["test"] == slack["baselines"]["DPO (λ = 0)"]
 
 
+def test_a_sweep_and_its_children_enter_what_they_use(swept: tuple[Path, int, dict[str, Any]]) -> None:
+    home, _, result = swept
+    store = open_store(str(home / "store"))
+    runs = [store.get_record(name) or {} for name in store.record_names("runs/")]
+    assert sorted(run["kind"] for run in runs) == ["experiment"] * 3 + ["sweep"]
+    used = {name for run in runs for name in run["artifacts"]}
+    assert used == digests(home / "store").keys(), "nothing they made may be cleaned away"
+    assert any(result["report_artifact"]["uri"].endswith(f"/{name}.json") for name in used)
+
+
 def test_sweep_is_one_parent_with_a_child_for_each_limit(swept: tuple[Path, int, dict[str, Any]]) -> None:
     home, code, result = swept
     assert code == 0

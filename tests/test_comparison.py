@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from chain_kit import OVERRIDES, mlflow_runs, new_home, run_here
+from chain_kit import OVERRIDES, digests, mlflow_runs, new_home, run_here
 
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.config_loading import load_config
@@ -21,6 +21,7 @@ from cdpo_core.testbed.calibration import calibrate
 from cdpo_core.testbed.limits import placed_limits
 from flows.methods import World, tune
 from tasks.comparison import comparison_markdown
+from tasks.storage import open_store
 
 
 def record(method: str, seed: int, reward: float, cost: float, limit: float = -0.5, **more: Any) -> dict[str, Any]:
@@ -142,6 +143,11 @@ def test_a_comparison_of_the_tiny_world(tmp_path: Path, prefect_server: str, _em
     runs = set(mlflow_runs(home))
     assert run_here(home, *words, command="compare")[1]["table"] == result["table"]
     assert set(mlflow_runs(home)) == runs
+    store = open_store(str(home / "store"))
+    (record,) = map(store.get_record, store.record_names("runs/"))
+    assert record is not None
+    assert record["kind"] == "comparison"
+    assert record["artifacts"].keys() == digests(home / "store").keys(), "nothing it made may be cleaned away"
 
 
 def test_the_best_settings_of_a_grid_are_taken(tmp_path: Path, prefect_server: str) -> None:

@@ -18,7 +18,7 @@ from flows.cli import app
 from flows.command_line import split_tokens
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/method.md", "docs/LOG.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/method.md", "docs/operations.md", "docs/LOG.md")
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 ROOMS = {path.stem for path in (ROOT / "cdpo_core").iterdir() if not path.name.startswith("_")}
 FILE_SUFFIXES = (

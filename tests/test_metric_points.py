@@ -83,11 +83,13 @@ def test_points_of_a_result() -> None:
         ("test/reward_low", 0.5, 0),
         ("test/reward_high", 1.5, 0),
         ("oracle/captured", 0.95, 0),
+    }
+    assert result_points({"rounds": [], "test": None, "oracle": None}, 123) == []
+    assert {(point.name, point.value, point.step) for point in scorer_points(result["scorers"], 123)} == {
         ("scorer/harm/accuracy", 0.8, 0),
         ("scorer/harm/accuracy_low", 0.75, 0),
         ("scorer/harm/accuracy_high", 0.85, 0),
     }
-    assert result_points({"rounds": [], "test": None, "oracle": None}, 123) == []
     assert scorer_points({}, 123) == []
 
 

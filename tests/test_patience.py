@@ -129,9 +129,9 @@ def test_a_full_disk_is_said_in_one_way(
 
 
 def test_a_log_on_a_full_disk_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    from flows.terminal import _LogFile
+    from flows.terminal import LogFile
 
-    handler = _LogFile("/dev/full")
+    handler = LogFile("/dev/full")
     handler.emit(logging.LogRecord("tasks", logging.INFO, "", 0, "a line", None, None))
     handler.stream = open("/dev/null", "w")  # noqa: SIM115
     handler.close()

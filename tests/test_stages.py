@@ -15,6 +15,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from servers_s3 import CEPH
 
 import cdpo_core
 from cdpo_core.artifacts import ArtifactRef, external_ref
@@ -207,11 +208,11 @@ print(result.ref.digest, (resolve(result.ref, store) / "by.txt").read_text(), re
 """
 
 
-@pytest.mark.parametrize("kind", ["folder", "s3"])
+@pytest.mark.parametrize("kind", ["folder", "moto", CEPH])
 def test_two_machines_that_compute_one_key_end_with_the_winners_artifact(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    uri = request.getfixturevalue("s3_uri") if kind == "s3" else str(tmp_path / "store")
+    uri = str(tmp_path / "store") if kind == "folder" else request.getfixturevalue(f"{kind}_uri")
     (tmp_path / "meeting").mkdir()
     racers = [
         subprocess.Popen(

@@ -4,75 +4,18 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Barrier
 
-import boto3
 import pytest
-from store_kit import artifact, contents
+from store_kit import Backend, artifact, backend, contents
 
-from cdpo_core.artifacts import Manifest, Store, files_digest
+from cdpo_core.artifacts import Manifest, files_digest
 from cdpo_core.errors import CorruptArtifact, InputError
-from cdpo_core.local_store import LocalStore
 from tasks.storage import open_store
 
-
-@dataclass
-class Backend:
-    """A store, and ways around it to what it keeps."""
-
-    uri: str
-    store: Store
-    overwrite: Callable[[str, bytes], None]
-    remove: Callable[[str], None]
-    names: Callable[[str], list[str]]
-    anew: Callable[[], Store]
-
-
-@pytest.fixture(params=["folder", "s3"])
-def backend(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Backend:
-    monkeypatch.setenv("CDPO_HOME", str(tmp_path / "home"))
-    if request.param == "s3":
-        return bucket_backend(request.getfixturevalue("s3_uri"), tmp_path)
-    root = tmp_path / "store"
-
-    def overwrite(name: str, content: bytes) -> None:
-        (root / name).unlink()
-        (root / name).write_bytes(content)
-
-    def names(start: str) -> list[str]:
-        paths = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-        return sorted(path for path in paths if path.startswith(start))
-
-    def anew() -> Store:
-        return LocalStore(root)
-
-    return Backend(str(root), open_store(str(root)), overwrite, lambda name: (root / name).unlink(), names, anew)
-
-
-def bucket_backend(uri: str, tmp_path: Path) -> Backend:
-    bucket, prefix = uri.removeprefix("s3://").split("/")
-    client = boto3.session.Session().client("s3")
-
-    def names(start: str) -> list[str]:
-        page = client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/{start}")
-        return sorted(item["Key"].removeprefix(f"{prefix}/") for item in page.get("Contents", []))
-
-    def anew() -> Store:
-        shutil.rmtree(tmp_path / "home", ignore_errors=True)
-        return open_store(uri)
-
-    return Backend(
-        uri,
-        open_store(uri),
-        lambda name, content: client.put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=content),
-        lambda name: client.delete_object(Bucket=bucket, Key=f"{prefix}/{name}"),
-        names,
-        anew,
-    )
+__all__ = ["backend"]
 
 
 def test_what_is_published_is_found_checked_and_fetched(backend: Backend, tmp_path: Path) -> None:

@@ -9,13 +9,17 @@ from typing import Any
 
 import boto3
 import pytest
+from servers_s3 import every_s3_uri
 from store_kit import artifact, contents
 
 from cdpo_core.artifacts import folder_files
 from cdpo_core.errors import StoreUnavailable
 from tasks import s3_connection, s3_store
 from tasks.s3_store import S3Store
+from tasks.shelves import open_shelves
 from tasks.storage import open_store, open_to_read
+
+__all__ = ["every_s3_uri"]
 
 
 def test_large_objects_travel_in_parts(s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,6 +33,29 @@ def test_large_objects_travel_in_parts(s3_uri: str, tmp_path: Path, monkeypatch:
     bucket, prefix = s3_uri.removeprefix("s3://").split("/")
     key = f"{prefix}/objects/{manifest.files['weights'].sha256}"
     assert boto3.session.Session().client("s3").head_object(Bucket=bucket, Key=key)["ETag"].endswith('-3"')
+    monkeypatch.setenv("CDPO_HOME", str(tmp_path / "two"))
+    assert folder_files(open_store(s3_uri).fetch(manifest)) == manifest.files
+
+
+def test_a_large_object_that_is_published_again_is_made_young_in_parts(
+    s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from boto3.s3.transfer import TransferConfig
+
+    parts = TransferConfig(multipart_threshold=5 << 20, multipart_chunksize=5 << 20)
+    monkeypatch.setattr(s3_store, "transfer_settings", lambda: parts)
+    monkeypatch.setattr(s3_store, "REFRESH_SECONDS", -1e9)
+    monkeypatch.setenv("CDPO_HOME", str(tmp_path / "one"))
+    files = {"weights": "0123456789abcdef" * (6 << 16)}
+    open_store(s3_uri).publish(*artifact(tmp_path / "1", "one", **files))
+    _, manifest = artifact(tmp_path / "2", "two", **files)
+    shelves = open_shelves(s3_uri)
+    (before,) = shelves.items("objects/")
+    while shelves.now() <= before.time + 1:
+        pass
+    open_store(s3_uri).publish(tmp_path / "2", manifest)
+    (after,) = shelves.items("objects/")
+    assert after.time > before.time
     monkeypatch.setenv("CDPO_HOME", str(tmp_path / "two"))
     assert folder_files(open_store(s3_uri).fetch(manifest)) == manifest.files
 
