@@ -78,12 +78,12 @@ def sweep(
     """One experiment for each limit of the first constraint (and each seed and setting), and the frontier they draw.
 
     Args:
-        limits: of the first constraint, one experiment each (cost units).
-        seeds: of every random stream, each with all limits; none for the config's own. On the testbed they share one
-            world; `testbed.seed` in `vary` is worlds.
-        vary: further settings, each with all limits, as `section.field=value,value`; for example `dpo.beta=0.5,1`.
-        at_once: most experiments at once on workers; 0 is as many as the work pool takes.
-        run_on: where the experiments run: `workers` (each a run of the deployment `experiment/experiment`), `here`
+        limits: Limits of the first constraint, one experiment each (cost units; at least one).
+        seeds: Seeds of every random stream, each with all limits; none for the config's own. On the testbed they
+            share one world; worlds are varied by `testbed.seed=0,1` in `vary`.
+        vary: Further settings, each with all limits, as `section.field=value,value`; for example `dpo.beta=0.5,1`.
+        at_once: Most experiments at once on workers; 0 is as many as the work pool takes. At least 0.
+        run_on: Where the experiments run: `workers` (each a run of the deployment `experiment/experiment`), `here`
             (in this sweep's own process, one after another), or `auto`: on workers if the sweep itself runs on one.
     """
     found = combinations(config, seeds, vary)

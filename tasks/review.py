@@ -25,7 +25,7 @@ EXPERIMENT_NOTE = (
 
 
 def run_note(result: Mapping[str, Any], pages: Mapping[str, str], figure: str) -> str:
-    """The description of an experiment's run (markdown): the verdict first, which is all that shows when folded.
+    """The description of an experiment's run (markdown): the verdict and the links first.
 
     Args:
         result: the result record.
@@ -35,13 +35,7 @@ def run_note(result: Mapping[str, Any], pages: Mapping[str, str], figure: str) -
     heads = mean_figures(result)
     rows = {**result["baselines"], **({"**this policy**": result["test"]} if result["test"] else {})}
     cells = [[name, *(interval_cell(row.get(key)) for key in heads.values())] for name, row in rows.items()]
-    words = explained(result)
-    parts = [
-        f"**{headline(result)}.** {words[0]}",
-        link_line(pages),
-        *words[1:],
-        markdown_table(["method", *heads], cells),
-    ]
+    parts = [opening(headline(result), pages), *explained(result), markdown_table(["method", *heads], cells)]
     return "\n\n".join([*parts, *figure_lines("λ and cost against the limit", figure)])
 
 
@@ -95,9 +89,14 @@ def _dataset(name: str, ref: ArtifactRef, profile: Mapping[str, int], context: s
     }
 
 
-def link_line(pages: Mapping[str, str]) -> str:
-    """Links beside each other (markdown), without those that lead nowhere ("")."""
-    return " · ".join(f"[{text}]({address})" for text, address in pages.items() if address)
+def opening(headline: str, pages: Mapping[str, str]) -> str:
+    """The verdict and the links in one line (markdown), which MLflow shows of a folded description.
+
+    Args:
+        headline: a few words.
+        pages: link text to address, "" for those that lead nowhere.
+    """
+    return " · ".join([f"**{headline}**", *(f"[{text}]({address})" for text, address in pages.items() if address)])
 
 
 def figure_lines(title: str, address: str) -> list[str]:

@@ -14,7 +14,7 @@ from tasks.html_report import inlined, page, provenance, table
 from tasks.prefect_records import flow_run_url, interval_cell, link_to_report, markdown_table
 from tasks.report_store import FILE, copy_report, publish_report, report_key
 from tasks.report_words import STATES, interval, signed
-from tasks.review import VARIES, artifact_address, figure_lines, link_line
+from tasks.review import VARIES, artifact_address, figure_lines, opening
 from tasks.review_tracking import ReviewTracker
 from tasks.review_views import review_state, saved_view
 
@@ -108,7 +108,7 @@ def tell_reviewers(tracker: ReviewTracker, run_id: str, key: str, result: Record
     tracker.tag_experiment(run_id, saved_view(view, f"Sweep of {result['name']}", _state(result, run_id), ended))
     pages = {
         "Report": tracker.run_page(run_id, f"/artifacts/{FILE}"),
-        "The experiments beside each other": tracker.view_page(view),
+        "Experiments side by side": tracker.view_page(view),
         "Prefect run": flow_run_url(),
     }
     figure = artifact_address(run_id, "figures/frontier.png") if (folder / "frontier.png").exists() else ""
@@ -140,7 +140,7 @@ def sweep_note(result: Record, pages: Mapping[str, str], figure: str) -> str:
         for point, child in zip(result["frontier"], result["children"], strict=True)
     ]
     heads = ["limit", "verdict", "λ", "reward", "cost"]
-    parts = [f"**{_headline(result)}.** {choice_in_words(result)}", link_line(pages), markdown_table(heads, cells)]
+    parts = [opening(_headline(result), pages), choice_in_words(result), markdown_table(heads, cells)]
     return "\n\n".join([*parts, *figure_lines("reward over cost", figure)])
 
 

@@ -43,6 +43,8 @@ def browser() -> Iterator[BrowserContext]:
             context = running.new_context(viewport={"width": WIDTH, "height": HEIGHT})
             context.set_default_timeout(PATIENCE_MS)
             context.route(ELSEWHERE, lambda route: route.abort())
+            # MLflow opens a panel beside everything for who comes the first time.
+            context.add_init_script("localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')")
             yield context
         finally:
             running.close()

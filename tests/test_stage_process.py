@@ -83,6 +83,7 @@ def test_every_error_can_be_sent(error: BaseException, back: BaseException | typ
         assert (type(sent), str(sent), sent.args) == (type(back), str(back), back.args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "words"), [("exit", "ended with exit code 7"), ("kill", "killed by signal 9 (SIGKILL)")]
 )
@@ -115,6 +116,7 @@ run_apart(sleep, Path(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 def test_it_ends_with_a_parent_that_was_killed(tmp_path: Path) -> None:
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path), str(TESTS)])
     stage, below = _pids(tmp_path)
@@ -125,6 +127,7 @@ def test_it_ends_with_a_parent_that_was_killed(tmp_path: Path) -> None:
         os.kill(below, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_its_group_ends_with_the_pipe_of_its_request(tmp_path: Path) -> None:
     """What holds where the kernel does not tell a process of its parent's death."""
     reading, writing = os.pipe()
@@ -152,6 +155,7 @@ def test_its_group_ends_with_the_pipe_of_its_request(tmp_path: Path) -> None:
     os.close(writing)
 
 
+@pytest.mark.slow
 def test_a_stage_is_the_same_bytes_in_a_process_of_its_own(tmp_path: Path) -> None:
     settings = {"testbed.prompts": "300", "testbed.demonstrations": "400", "sft.steps": "20"}
     config = load_config("tiny", settings)
