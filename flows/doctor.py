@@ -21,7 +21,23 @@ from tasks.environment import cdpo_home, default_store
 from tasks.mlflow_connection import given_address, is_http, without_secrets
 from tasks.outbox import kept_entries
 
-PACKAGES = ("torch", "transformers", "prefect", "mlflow", "pydantic", "fastapi", "boto3", "datasets", "peft")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "prefect",
+    "mlflow",
+    "pydantic",
+    "fastapi",
+    "sqlalchemy",
+    "boto3",
+    "datasets",
+    "peft",
+)
+# By package: the first version that does not work with the pinned Prefect, and what it does.
+TOO_NEW = {
+    "fastapi": ((0, 151), "Prefect 3.8 crashes with it"),
+    "sqlalchemy": ((2, 1), "Prefect 3.8 starts no schedule with it"),
+}
 LEAST_FREE_GIB = 2
 ENVIRONMENT = (
     "CDPO_HOME",
@@ -83,8 +99,9 @@ def _package(name: str) -> Finding:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return Finding(name, "not installed", "make env, or pip install --constraint constraints.txt .")
-    if name == "fastapi" and tuple(map(int, version.split(".")[:2])) >= (0, 151):
-        return Finding(name, version, "Prefect 3.8 crashes with it: pip install 'fastapi<0.151'")
+    first, words = TOO_NEW.get(name, ((10**6,), ""))
+    if tuple(map(int, version.split(".")[:2])) >= first:
+        return Finding(name, version, f"{words}: pip install '{name}<{'.'.join(map(str, first))}'")
     return Finding(name, version)
 
 
