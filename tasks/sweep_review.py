@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +100,8 @@ def tell_reviewers(tracker: ReviewTracker, run_id: str, key: str, result: Record
         return
     ended = max((child["ended_ms"] for child in result["children"]), default=0)
     view = f"sweep-{key[:12]}"
-    children = {place: child["tracking"]["run_id"] for place, child in enumerate(result["children"])}
-    links = {place: tracker.run_url(child, "/artifacts/report.html") for place, child in children.items()}
-    # MLflow shows a file by itself, where links between files lead nowhere: there they lead to the children's runs.
-    html = sweep_report(result, sorted(folder.glob("*.png")), links)
-    tracker.log_text(run_id, html, FILE)
+    # MLflow shows a page in a frame out of which no link leads: the children's reports are linked in the description.
+    tracker.log_text(run_id, sweep_report(result, sorted(folder.glob("*.png")), {}), FILE)
     tracker.tag_experiment(run_id, saved_view(view, f"Sweep of {result['name']}", _state(result, run_id), ended))
     pages = {
         "Report": tracker.run_page(run_id, f"/artifacts/{FILE}"),
@@ -112,7 +109,8 @@ def tell_reviewers(tracker: ReviewTracker, run_id: str, key: str, result: Record
         "Prefect run": flow_run_url(),
     }
     figure = artifact_address(run_id, "figures/frontier.png") if (folder / "frontier.png").exists() else ""
-    tracker.set_tags(run_id, {"mlflow.note.content": sweep_note(result, pages, figure)})
+    reports = [tracker.run_page(child["tracking"]["run_id"], f"/artifacts/{FILE}") for child in result["children"]]
+    tracker.set_tags(run_id, {"mlflow.note.content": sweep_note(result, pages, reports, figure)})
     chosen = chosen_child(result)
     child = {"child": chosen["tracking"]["run_id"], "digest": chosen["policy"]["digest"]} if chosen else {}
     delta = {"chosen.delta": f"{result['chosen']['delta']:g}"} if chosen else {}
@@ -120,24 +118,25 @@ def tell_reviewers(tracker: ReviewTracker, run_id: str, key: str, result: Record
     link_to_report(tracker.run_url(run_id, f"/artifacts/{FILE}"), key)
 
 
-def sweep_note(result: Record, pages: Mapping[str, str], figure: str) -> str:
+def sweep_note(result: Record, pages: Mapping[str, str], reports: Sequence[str], figure: str) -> str:
     """The description of a sweep's run (markdown): the choice first.
 
     Args:
         result: the sweep's record.
         pages: link text to address.
+        reports: addresses of the children's reports.
         figure: address of the frontier, "" for none.
     """
     chosen = chosen_child(result)
     cells = [
         [
-            _bold(_limit_cell(point), child is chosen),
+            _bold(f"[{_limit_cell(point)}]({report})", child is chosen),
             STATES[point["status"]],
             signed(point["lambda"], ".3g"),
             interval_cell(point["reward"]),
             interval_cell(point["cost"]),
         ]
-        for point, child in zip(result["frontier"], result["children"], strict=True)
+        for point, child, report in zip(result["frontier"], result["children"], reports, strict=True)
     ]
     heads = ["limit", "verdict", "λ", "reward", "cost"]
     parts = [opening(_headline(result), pages), choice_in_words(result), markdown_table(heads, cells)]

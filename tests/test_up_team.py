@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import signal
 import subprocess
 import sys
@@ -132,10 +133,13 @@ def test_an_experiment_runs_through_all_of_it(team: Team) -> None:
 
 
 def test_cdpo_run_joins_with_the_login_and_finds_the_store(team: Team) -> None:
-    done = team.up.run_python("-m", "flows.cli", "run", "tiny", "--seed", "1")
+    file = team.up.home / "joined.json"
+    done = team.up.run_python("-m", "flows.cli", "run", "tiny", "--seed", "1", "--json", str(file))
     assert done.returncode in (0, 3), done.stderr
-    assert f"{STORE}/stages/" in done.stdout
-    assert " 0 computed" in done.stdout or "computed" not in done.stdout, done.stdout
+    result = json.loads(file.read_text())
+    assert result["policy"]["uri"].startswith(f"{STORE}/stages/")
+    assert all(stage["cached"] for stage in result["stages"])
+    assert result["tracking"]["uri"] == team.up.mlflow
     done = team.up.python("-m", "flows.cli", "doctor")
     assert f"✓ Prefect       {team.up.prefect} answers to this login" in done.stdout
     assert f"✓ MLflow        {team.up.mlflow} answers to this login" in done.stdout
@@ -212,17 +216,24 @@ def test_the_auth_config_is_its_owners_alone(team: Team) -> None:
     assert "default_permission = EDIT" in path.read_text()
 
 
-def test_a_restart_finds_everything_again(team: Team, home: Path, environment: dict[str, str]) -> None:
-    """Last: ends the stack. Another password is refused, with what to do, and leaves nothing running."""
+def test_a_restart_with_another_password_finds_everything_again(
+    team: Team, home: Path, environment: dict[str, str]
+) -> None:
+    """Last: ends the stack. The former password is refused then, with what to do, and leaves nothing running."""
     before = {item["id"] for item in team.up.api("POST", "/deployments/filter", {})}
+    header = {"Authorization": f"Basic {base64.b64encode(f'{LOGIN}:{PASSWORD}'.encode()).decode()}"}
+    change = {"username": LOGIN, "password": "a-new-password"}
+    url = f"{team.up.mlflow}/api/2.0/mlflow/users/update-password"
+    assert isinstance(ask(url, "PATCH", change, header), dict)
     team.up.process.send_signal(signal.SIGINT)
     assert team.up.process.wait(120) == 0
     command = [sys.executable, "-m", "flows.cli", "up", "--prefect-port", "0", "--mlflow-port", "0", "--store", STORE]
-    changed = {**team.up.environment, "CDPO_PASSWORD": "a-new-password"}
-    done = subprocess.run(command, env=changed, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    former = team.up.environment
+    done = subprocess.run(command, env=former, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 2, done.stderr
     assert "MLflow knows reviewer with another password" in done.stderr
-    with up_running(home, "--store", STORE, more=environment) as again:
+    assert done.stdout.endswith("all ended\n")
+    with up_running(home, "--store", STORE, more={**environment, "CDPO_PASSWORD": "a-new-password"}) as again:
         assert {item["id"] for item in again.api("POST", "/deployments/filter", {})} == before
         assert again.api("GET", f"/work_pools/{POOL}")["concurrency_limit"] == 2
         assert again.mlflow_runs()
