@@ -31,9 +31,10 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling, Crashed, Scheduled
 
 from deployments.bootstrap import bootstrap
+from deployments.pools import PoolOptions
 from flows.pools import POOL
 from flows.processes import MARKER, Child, end_marked, free_port, http_json
-from tasks.environment import HEARTBEAT
+from tasks.environment import RUN_SETTINGS
 
 UNFINISHED = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
 DEPLOYMENT = "experiment/experiment"
@@ -52,7 +53,7 @@ class Team:
             "PREFECT_HOME": str(folder / "prefect"),
             "PREFECT_API_URL": self.api,
             "PREFECT_WORKER_QUERY_SECONDS": "1",
-            **HEARTBEAT,
+            **RUN_SETTINGS,
         }
         self._environment.pop("MLFLOW_TRACKING_URI", None)
         command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1"]
@@ -61,7 +62,7 @@ class Team:
 
         self.client = SyncPrefectClient(self.api)
         with temporary_settings({PREFECT_API_URL: self.api}):
-            bootstrap()
+            bootstrap(PoolOptions())
 
     def close(self) -> None:
         """End whatever was started."""
@@ -91,7 +92,7 @@ class Team:
             parameters={**config().model_dump(mode="json"), **sections},
             state=Scheduled(),
             work_queue_name=queue,
-            job_variables={"env": {"CDPO_HOME": str(home), **HEARTBEAT}},
+            job_variables={"env": {"CDPO_HOME": str(home), **RUN_SETTINGS}},
         )
         return run.id
 
