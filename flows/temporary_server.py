@@ -1,4 +1,4 @@
-"""The Prefect server of one command: started while the command still imports, ended with it.
+"""The Prefect server of one command: started while the command still checks, ended with it.
 
 Prefect would start the same server by itself at the first flow, after importing all of it into this process, and wait.
 Started here it is ready by then, which saves seconds of every run, and one that dies is started again.
