@@ -25,6 +25,7 @@ def lonely_team(tmp_path: Path) -> Iterator[Team]:
     """A Prefect server that no other test needs."""
     started = Team(tmp_path)
     try:
+        started.deploy()
         yield started
     finally:
         started.close()
