@@ -99,8 +99,7 @@ def _conduct(bench: Workbench) -> dict[str, Any]:
         # A change of the code may give the same experiment another policy: each has a record of its own.
         record = f"results/{journal.key}-{chosen[:12]}"
         bench.put_record(record, result)
-        used = [(done.ref, done.label) for done in bench.results if done.ref is not None]
-        used.append((ArtifactRef(**result["report_artifact"]), "report"))
+        used = [*bench.used(), (ArtifactRef(**result["report_artifact"]), "report")]
         facts = {name: result[name] for name in ("status", "ended_ms")} | {"result": record}
         enter_run(bench.store, "experiment", journal.key, bench.config.name, used, facts)
         journal.closed(result, folder)

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from http.client import HTTPException
@@ -165,6 +166,18 @@ def http_json(url: str, body: Any = None, headers: Mapping[str, str] | None = No
         return json.loads(text)
     except ValueError:
         return text
+
+
+def http_status(url: str, headers: Mapping[str, str]) -> int:
+    """The status of a server's answer on this machine; 0 if there is none (yet)."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(urllib.request.Request(url, headers=dict(headers)), timeout=5) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except (OSError, HTTPException):
+        return 0
 
 
 def tail(path: Path, lines: int = 6) -> str:

@@ -27,7 +27,7 @@ from typing import Any
 from cdpo_core.errors import CdpoError, InputError
 from flows.command_line import default_to_nothing
 from flows.databases import databases_at, make_databases
-from flows.processes import Child, end_all, end_marked, free_port, http_json, tail, taken
+from flows.processes import Child, end_all, end_marked, free_port, http_json, http_status, tail, taken
 from flows.stack import Part, Stack
 from flows.terminal import make_log_folder
 from flows.up_command import UpOptions
@@ -115,7 +115,8 @@ def _start(stack: Stack, children: list[Child], stop: threading.Event) -> bool:
     for server, health in zip(servers, (f"{stack.prefect}/api/health", f"{stack.mlflow}/health"), strict=True):
         if not _wait(server, lambda url=health: http_json(url) is not None, children, stop):
             return False
-    _check_login(stack)
+    if not _logged_in(stack, servers[-1], children, stop):
+        return False
     _say("deploying …")
     if not _finish(_child(stack, stack.deployment()), children, stop):
         return False
@@ -241,17 +242,27 @@ def _login(host: str) -> Login | None:
     return login
 
 
-def _check_login(stack: Stack) -> None:
-    """MLflow takes its administrator's password from the environment only when it makes its users' table."""
+def _logged_in(stack: Stack, mlflow: Child, children: list[Child], stop: threading.Event) -> bool:
+    """Whether MLflow lets the login in; False if told to stop.
+
+    MLflow takes its administrator's password from the environment only when it makes its users' table.
+
+    Raises:
+        InputError: it refuses.
+    """
     if stack.login is None:
-        return
+        return True
+    url = f"{stack.mlflow}/api/2.0/mlflow/experiments/search?max_results=1"
     headers = mlflow_authorization(stack.for_clients())
-    if http_json(f"{stack.mlflow}/api/2.0/mlflow/experiments/search?max_results=1", headers=headers) is None:
+    if not _wait(mlflow, lambda: http_status(url, headers) > 0, children, stop):
+        return False
+    if http_status(url, headers) == 401:
         raise InputError(
             f"MLflow knows {stack.login.username} with another password, or not at all",
             where=PASSWORD,
             fix="start with the former login; docs/operations.md (Authentication) says how to change it",
         )
+    return True
 
 
 def _checked_store(option: str) -> str:

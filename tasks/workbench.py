@@ -147,6 +147,13 @@ class Workbench:
         """When the artifact was computed (UTC, ISO 8601)."""
         return self._manifest(ref).created
 
+    def used(self) -> list[tuple[ArtifactRef, str]]:
+        """All that was made or found so far, with what it was called; what is gone since is made again."""
+        used = [(done.ref, done.label) for done in self.results if done.ref is not None]
+        for ref, _ in used:
+            self._manifest(ref)
+        return used
+
     def _manifest(self, ref: ArtifactRef) -> Manifest:
         return with_whole([ref], lambda: manifest_of(ref, self.store))
 

@@ -19,6 +19,7 @@ from tasks.storage import open_store
 
 pytestmark = pytest.mark.slow
 
+COMPUTED_FIGURES = ("status", "lambda", "rounds", "policy", "test", "baselines", "oracle", "scorers")
 SLACK = ["--limit", "9", "--name", "slack"]
 
 
@@ -88,8 +89,10 @@ def test_after_a_cleaning_all_that_was_kept_works(home: Path, finished: Finished
     code, result = run_here(home)
     assert code == finished.code
     assert computed(result)
-    assert numbers(result) == numbers(finished.result)
-    assert digests(home / "store").items() >= before.items()
+    for name in COMPUTED_FIGURES:
+        assert numbers(result[name]) == numbers(finished.result[name])
+    reports = {name for name in before if name.startswith("report/")}  # a report tells how long its stages took
+    assert digests(home / "store").items() >= {name: before[name] for name in before.keys() - reports}.items()
 
 
 def test_what_goes_while_a_run_uses_it_is_computed_again_and_the_run_goes_on(
@@ -114,3 +117,5 @@ def test_what_goes_while_a_run_uses_it_is_computed_again_and_the_run_goes_on(
     assert numbers(result) == numbers(expected)
     assert digests(home / "store").items() <= before.items()
     assert store(home, "verify")[0] == 0
+    _, shown = store(home, "ls", "--run", "slack")
+    assert [run["missing"] for run in shown["runs"]] == [[]]

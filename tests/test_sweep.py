@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from chain_kit import computed, mlflow_runs, new_home, run_here, stage_counts, words
+from chain_kit import computed, config, mlflow_runs, new_home, run_here, stage_counts
 
-from cdpo_core.config_loading import load_config
 from flows.children import children_of
 from flows.grid import combinations
 from tasks.report import report_folder
@@ -17,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 LIMITS = [-0.25, -0.2]
 BETAS = [1.0, 1.5]
-SWEEP = ["--limits", "-0.25,-0.2", "--set", "dpo.beta=1,1.5", "--dual.rounds", "1"]
+SWEEP = ["--limits", "-0.25,-0.2", "--set", "dpo.beta=1,1.5"]
 
 
 class Blocked(NamedTuple):
@@ -32,10 +31,7 @@ class Blocked(NamedTuple):
 @pytest.fixture(scope="module")
 def blocked(tmp_path_factory: pytest.TempPathFactory, prefect_server: str, _empty_mlflow_database: Path) -> Blocked:
     home = new_home(tmp_path_factory.mktemp("blocked"), _empty_mlflow_database)
-    overrides = dict(zip(words()[1::2], words()[2::2], strict=True))
-    config = load_config("tiny", {path.removeprefix("--"): value for path, value in overrides.items()})
-    config = config.model_copy(update={"dual": config.dual.model_copy(update={"rounds": 1})})
-    child = children_of(combinations(config, [], ["dpo.beta=1,1.5"]), LIMITS)[2]
+    child = children_of(combinations(config(), [], ["dpo.beta=1,1.5"]), LIMITS)[2]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CDPO_HOME", str(home))
         # A file where its report's folder has to be.
@@ -113,7 +109,7 @@ def test_no_order_changes_a_verdict(blocked: Blocked, tmp_path: Path, request: p
     for child in reversed(blocked.again[1]["children"]):
         options = ["--limit", str(child["limit"]), "--dpo.beta", str(child["settings"]["dpo.beta"])]
         for home in (shared, new_home(tmp_path / f"alone{child['number']}", database)):
-            _, found = run_here(home, *options, "--dual.rounds", "1")
+            _, found = run_here(home, *options)
             assert _verdict(found) == _verdict(child)
 
 

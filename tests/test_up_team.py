@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import signal
 import subprocess
 import sys
@@ -132,10 +133,13 @@ def test_an_experiment_runs_through_all_of_it(team: Team) -> None:
 
 
 def test_cdpo_run_joins_with_the_login_and_finds_the_store(team: Team) -> None:
-    done = team.up.run_python("-m", "flows.cli", "run", "tiny", "--seed", "1")
+    file = team.up.home / "joined.json"
+    done = team.up.run_python("-m", "flows.cli", "run", "tiny", "--seed", "1", "--json", str(file))
     assert done.returncode in (0, 3), done.stderr
-    assert f"{STORE}/stages/" in done.stdout
-    assert " 0 computed" in done.stdout or "computed" not in done.stdout, done.stdout
+    result = json.loads(file.read_text())
+    assert result["policy"]["uri"].startswith(f"{STORE}/stages/")
+    assert all(stage["cached"] for stage in result["stages"])
+    assert result["tracking"]["uri"] == team.up.mlflow
     done = team.up.python("-m", "flows.cli", "doctor")
     assert f"✓ Prefect       {team.up.prefect} answers to this login" in done.stdout
     assert f"✓ MLflow        {team.up.mlflow} answers to this login" in done.stdout
@@ -159,8 +163,8 @@ def test_without_the_login_a_run_and_the_doctor_say_so(team: Team) -> None:
 
 def test_a_sweep_scheduled_a_minute_ahead_starts_by_itself_and_completes(team: Team) -> None:
     deployment = team.up.api("GET", "/deployments/name/sweep/sweep-nightly")
-    start = (datetime.now(UTC) + timedelta(seconds=60)).replace(microsecond=0)
-    schedule = {"rrule": f"DTSTART:{start:%Y%m%dT%H%M%S}\nRRULE:FREQ=MINUTELY;COUNT=1", "timezone": "UTC"}
+    start = (datetime.now(UTC) + timedelta(seconds=119)).replace(second=0, microsecond=0)
+    schedule = {"cron": f"{start.minute} {start.hour} {start.day} {start.month} *", "timezone": "UTC"}
     parameters = {**TINY, "name": "in-a-minute", "seed": 1, "limits": [-0.2, 0.1]}
     wanted = {"schedule": schedule, "active": True, "slug": "in-a-minute", "parameters": parameters}
     team.up.api("POST", f"/deployments/{deployment['id']}/schedules", [wanted])
@@ -171,11 +175,12 @@ def test_a_sweep_scheduled_a_minute_ahead_starts_by_itself_and_completes(team: T
         return found
 
     until(lambda: bool(runs()), 300)
-    (run,) = runs()
+    run = runs()[0]
     assert run["auto_scheduled"] is True
     assert datetime.fromisoformat(run["expected_start_time"]) == start
     assert team.up.ended(run["id"], 1200) == "COMPLETED", team.up.logs()
-    (run,) = runs()
+    run, *later = runs()
+    assert {item["state"]["type"] for item in later} <= {"SCHEDULED"}
     assert run["parameters"]["limits"] == [-0.2, 0.1]
     assert datetime.fromisoformat(run["start_time"]) >= start
     assert run["work_pool_name"] == SWEEP_POOL
@@ -212,17 +217,24 @@ def test_the_auth_config_is_its_owners_alone(team: Team) -> None:
     assert "default_permission = EDIT" in path.read_text()
 
 
-def test_a_restart_finds_everything_again(team: Team, home: Path, environment: dict[str, str]) -> None:
-    """Last: ends the stack. Another password is refused, with what to do, and leaves nothing running."""
+def test_a_restart_with_another_password_finds_everything_again(
+    team: Team, home: Path, environment: dict[str, str]
+) -> None:
+    """Last: ends the stack. The former password is refused then, with what to do, and leaves nothing running."""
     before = {item["id"] for item in team.up.api("POST", "/deployments/filter", {})}
+    header = {"Authorization": f"Basic {base64.b64encode(f'{LOGIN}:{PASSWORD}'.encode()).decode()}"}
+    change = {"username": LOGIN, "password": "a-new-password", "current_password": PASSWORD}
+    url = f"{team.up.mlflow}/api/2.0/mlflow/users/update-password"
+    assert isinstance(ask(url, "PATCH", change, header), dict)
     team.up.process.send_signal(signal.SIGINT)
     assert team.up.process.wait(120) == 0
     command = [sys.executable, "-m", "flows.cli", "up", "--prefect-port", "0", "--mlflow-port", "0", "--store", STORE]
-    changed = {**team.up.environment, "CDPO_PASSWORD": "a-new-password"}
-    done = subprocess.run(command, env=changed, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    former = team.up.environment
+    done = subprocess.run(command, env=former, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 2, done.stderr
     assert "MLflow knows reviewer with another password" in done.stderr
-    with up_running(home, "--store", STORE, more=environment) as again:
+    assert done.stdout.endswith("all ended\n")
+    with up_running(home, "--store", STORE, more={**environment, "CDPO_PASSWORD": "a-new-password"}) as again:
         assert {item["id"] for item in again.api("POST", "/deployments/filter", {})} == before
         assert again.api("GET", f"/work_pools/{POOL}")["concurrency_limit"] == 2
         assert again.mlflow_runs()

@@ -56,15 +56,15 @@ def test_a_run_without_its_worker_ends_itself_when_cancelled(team: Team, home: P
     assert _mlflow_status(home) == "KILLED"
 
 
-def test_a_worker_that_is_stopped_ends_its_run_as_crashed(team: Team, home: Path) -> None:
+def test_a_worker_that_is_stopped_takes_its_run_along(team: Team, home: Path) -> None:
+    """Nothing is said of the run then: it ends as one that was killed together with its worker."""
     worker = team.worker("stopped")
     run_id = team.start(home, "stopped")
     until(training(home, "sft", "data"), lambda: str(team.run(run_id).state), every=0.01)
     worker._process.terminate()
     until(lambda: not processes_of(run_id))
-    until(lambda: team.state(run_id) == "Crashed", lambda: str(team.run(run_id).state))
-    until(lambda: not team.unfinished(run_id))
-    assert _mlflow_status(home) == "KILLED"
+    until(lambda: all(run.state.is_final() for run in team.family(run_id)), lambda: str(team.run(run_id).state))
+    assert team.state(run_id) == "Crashed"
     assert any(home.glob("scratch/*/checkpoint.safetensors"))
 
 
