@@ -10,7 +10,7 @@ from cdpo_core.config import ExperimentConfig
 from cdpo_core.errors import InputError
 from flows.temporary_server import start_prefect_server, wait_until_ready
 from tasks.access import FIX
-from tasks.environment import cdpo_home
+from tasks.environment import TEMPORARY_PREFECT, cdpo_home
 from tasks.mlflow_connection import without_secrets
 from tasks.patience import ServerAway, when_there
 from tasks.preference_models import RESERVED_BASES
@@ -55,8 +55,10 @@ def check_before_run(config: ExperimentConfig, *, serve: bool = False) -> None:
         start_prefect_server(cdpo_home() / "logs")
     store = store_of(config)
     when_there(store.uri, store.probe)
+    if not os.environ.get(TEMPORARY_PREFECT):
+        when_there("Prefect", _check_prefect)
     Tracker.open(config.tracking, store, cdpo_home())
-    when_there("Prefect", _check_prefect)  # last: a server of this command's own starts meanwhile
+    wait_until_ready()
     _passed.add(identity)
 
 
@@ -82,7 +84,6 @@ def _check_prefect() -> None:
     url = PREFECT_API_URL.value()
     if not url:  # the first flow starts a temporary server
         return
-    wait_until_ready()
     if without_secrets(url) != url:
         raise InputError(
             "the Prefect server's address holds credentials",
