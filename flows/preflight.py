@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.errors import InputError
-from flows.temporary_server import start_prefect_server, wait_until_ready
+from flows.temporary_server import is_own, start_prefect_server, wait_until_ready
 from tasks.access import FIX
-from tasks.environment import TEMPORARY_PREFECT, cdpo_home
+from tasks.environment import cdpo_home
 from tasks.mlflow_connection import without_secrets
 from tasks.patience import ServerAway, when_there
 from tasks.preference_models import RESERVED_BASES
@@ -55,7 +55,7 @@ def check_before_run(config: ExperimentConfig, *, serve: bool = False) -> None:
         start_prefect_server(cdpo_home() / "logs")
     store = store_of(config)
     when_there(store.uri, store.probe)
-    if not os.environ.get(TEMPORARY_PREFECT):
+    if not is_own():
         when_there("Prefect", _check_prefect)
     Tracker.open(config.tracking, store, cdpo_home())
     wait_until_ready()
