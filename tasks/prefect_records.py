@@ -23,13 +23,13 @@ from prefect.artifacts import (
 )
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
-from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.settings import PREFECT_API_URL
 from prefect.utilities.urls import url_for
 
 from tasks.attempts import end_dead_runs, end_former_attempt, this_process
 from tasks.environment import TEMPORARY_PREFECT
 from tasks.orphan import outlive_the_worker
-from tasks.prefect_patience import wait_for_server
+from tasks.prefect_patience import asking_once, wait_for_server
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
@@ -157,7 +157,7 @@ class ProgressArtifacts:
     def _show(self, what: str, percent: float) -> None:
         if time.monotonic() < self._away_until or _this_run() is None:
             return
-        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+        with asking_once():
             known = self._artifacts.get(what)
             shown = _create_progress(what, percent) if known is None else _update_progress(known, percent)
         if shown is None:
