@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Mermaid's own first colours can hardly be seen on a light page; these are the figures'.
+MERMAID_LOOK = '%%{init: {"themeVariables": {"xyChart": {"plotColorPalette": "#0072B2, #D55E00, #009E73, #CC79A7"}}}}%%'
 PROGRESS_SECONDS = 2.0
 AWAY_SECONDS = 30.0
 """How long no progress is shown after it could not be: training does not wait for a server that is away."""
@@ -230,7 +232,7 @@ def _mermaid_lines(title: str, at: Sequence[int], lines: Sequence[Sequence[float
     # Mermaid reads no exponents.
     body = "\n".join(f"  line [{', '.join(f'{value:.4f}' for value in line)}]" for line in lines)
     axis = f'  x-axis "round" [{", ".join(map(str, at))}]\n  y-axis {low - room:.4f} --> {high + room:.4f}'
-    return f'```mermaid\nxychart-beta\n  title "{title}"\n{axis}\n{body}\n```'
+    return f'```mermaid\n{MERMAID_LOOK}\nxychart-beta\n  title "{title}"\n{axis}\n{body}\n```'
 
 
 def _this_run() -> FlowRun | None:

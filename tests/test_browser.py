@@ -110,7 +110,7 @@ def test_mlflow_run_leads_back_to_prefect_and_to_the_report(up: Up, run_page: Pa
     newest = max(up.home.glob(f"reports/{PRESET}-*/report.html"), key=lambda path: path.stat().st_mtime)
     page.goto(newest.as_uri())
     expect(page.get_by_role("heading", name="What it does not mean")).to_be_visible()
-    picture(page, "report", 1250)
+    picture(page, "mlflow_report", 1250)
 
 
 def test_form_of_the_first_ui_has_the_same_fields(up: Up, web: BrowserContext) -> None:
