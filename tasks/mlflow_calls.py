@@ -92,19 +92,26 @@ class Calls:
         tags: Mapping[str, str],
         description: str = "",
     ) -> str:
-        """A model version that points at the policy in the artifact store, once for each run and policy."""
+        """A model version that points at the policy in the artifact store, once for each run and policy.
+
+        Two processes that look at the same moment both make one; the first stays.
+        """
         name = _registered_name(name)
         self._ensure_registered_model(name)
-        if known := self._version_of(name, run_id, digest):
-            return known
+        if not self._versions_of(name, run_id, digest):
+            self._register(name, run_id, uri, digest, {**tags, **certificate_tags(certificate)}, description)
+        first, *doubled = self._versions_of(name, run_id, digest)
+        for version in doubled:
+            self._delete_version(name, version)
+        return first
+
+    def _register(
+        self, name: str, run_id: str, uri: str, digest: str, tags: Mapping[str, str], description: str
+    ) -> None:
         # A server refuses local paths as sources, so those get a scheme of their own.
         source = uri if "://" in uri else f"cdpo://{uri}"
         all_tags = {"policy.uri": uri, "policy.digest": digest, **tags}
-        all_tags |= certificate_tags(certificate)
-        version = self._client.create_model_version(
-            name, source, run_id=run_id, tags=all_tags, description=description or None
-        )
-        return str(version.version)
+        self._client.create_model_version(name, source, run_id=run_id, tags=all_tags, description=description or None)
 
     def alias(self, run_id: str, name: str, alias: str, child: str, digest: str, tags: Mapping[str, str]) -> None:
         """An alias of a registered model, moved to the version of one run's policy; without one, removed.
@@ -118,7 +125,8 @@ class Calls:
             tags: set on that version. An alias is removed only from a version that carries them.
         """
         name = _registered_name(name)
-        former, version = self._aliased(name, alias), self._version_of(name, child, digest) if child else ""
+        former = self._aliased(name, alias)
+        version = next(iter(self._versions_of(name, child, digest)), "") if child else ""
         if version:
             for key, value in tags.items():
                 self._client.set_model_version_tag(name, version, key, value)
@@ -159,10 +167,19 @@ class Calls:
             self.know_files(run_id, self._client.get_run(run_id).data.tags)
         return self._files[run_id]
 
-    def _version_of(self, name: str, run_id: str, digest: str) -> str:
-        """The version a run registered of a policy; "" without one."""
+    def _versions_of(self, name: str, run_id: str, digest: str) -> list[str]:
+        """The versions a run registered of a policy, oldest first; there is one but for a moment."""
         found = self._client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-        return next((str(item.version) for item in found if item.tags.get("policy.digest") == digest), "")
+        return sorted((str(item.version) for item in found if item.tags.get("policy.digest") == digest), key=int)
+
+    def _delete_version(self, name: str, version: str) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.delete_model_version(name, version)
+        except MlflowException as error:  # another process has deleted it
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
 
     def _aliased(self, name: str, alias: str) -> Any:
         """The version an alias names, or None."""

@@ -1,4 +1,8 @@
-"""A run whose worker was killed goes on without it, and ends itself when it is cancelled: nobody else can."""
+"""A run whose worker was killed, or no longer hears of cancels, goes on and ends itself when it is cancelled.
+
+Prefect's worker and the supervisor of a run stop listening for cancels when the server was away for half a minute
+(three polls in a row that fail, prefect._internal.observers); from then on nobody else would end the run.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 POLL_SECONDS, CANCEL_SECONDS, GRACE_SECONDS = 1.0, 5.0, 20.0
+DEAF_SECONDS = 20.0
+"""A worker that hears of a cancel has ended the run long before."""
 # Prefect's worker sets it for the process of a run.
 OWN_RUN = "PREFECT__FLOW_RUN_ID"
 
@@ -57,13 +63,20 @@ def _say_no_more() -> None:
 
 
 def _watch(run: FlowRun, worker: int) -> None:
+    looked = heard = time.monotonic()
     while os.getppid() == worker:
         time.sleep(POLL_SECONDS)
+        if time.monotonic() - looked < CANCEL_SECONDS:
+            continue
+        looked = time.monotonic()
+        heard = heard if _is_cancelled(run) else looked
+        if looked - heard >= DEAF_SECONDS:
+            _cancel(run, "its worker did not hear of it")
     _say_no_more()
     log.warning("the worker of this run is gone: the run goes on without it")
     while not _is_cancelled(run):
         time.sleep(CANCEL_SECONDS)
-    _cancel(run)
+    _cancel(run, "its worker is gone")
 
 
 def _is_cancelled(run: FlowRun) -> bool:
@@ -74,9 +87,9 @@ def _is_cancelled(run: FlowRun) -> bool:
     return False
 
 
-def _cancel(run: FlowRun) -> None:
+def _cancel(run: FlowRun, why: str) -> None:
     """End this process as the worker would: asked first, after a while by force."""
-    state: State[None] = Cancelled(message="Cancelled by the run itself: its worker is gone.")
+    state: State[None] = Cancelled(message=f"Cancelled by the run itself: {why}.")
     with suppress(Exception), get_client(sync_client=True) as client:
         client.set_flow_run_state(run.id, state, force=True)
     # What has ended already is not called Crashed when the signal comes.

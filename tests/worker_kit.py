@@ -31,9 +31,10 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling, Crashed, Scheduled
 
 from deployments.bootstrap import bootstrap
+from deployments.pools import PoolOptions
 from flows.pools import POOL
 from flows.processes import MARKER, Child, end_marked, free_port, http_json
-from tasks.environment import HEARTBEAT
+from tasks.environment import RUN_SETTINGS
 
 UNFINISHED = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
 DEPLOYMENT = "experiment/experiment"
@@ -44,24 +45,26 @@ class Team:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._marker = folder, f"test-{uuid4()}"
-        self._port = free_port()
-        self.api = f"http://127.0.0.1:{self._port}/api"
+        port = free_port()
+        self.api = f"http://127.0.0.1:{port}/api"
+        self.client = SyncPrefectClient(self.api)
         self._environment = {
             **os.environ,
             MARKER: self._marker,
             "PREFECT_HOME": str(folder / "prefect"),
             "PREFECT_API_URL": self.api,
             "PREFECT_WORKER_QUERY_SECONDS": "1",
-            **HEARTBEAT,
+            **RUN_SETTINGS,
         }
         self._environment.pop("MLFLOW_TRACKING_URI", None)
-        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1"]
-        server = Child("server", [*command, "--port", str(self._port)], self._environment, folder / "server.log")
-        until(lambda: http_json(f"{self.api}/health") is not None, lambda: server.log.read_text()[-3000:])
+        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+        self._server = Child("server", command, self._environment, folder / "server.log")
 
-        self.client = SyncPrefectClient(self.api)
+    def deploy(self) -> None:
+        """Wait for the server, and make the project's pools, automations and deployments."""
+        until(lambda: http_json(f"{self.api}/health") is not None, lambda: self._server.log.read_text()[-3000:])
         with temporary_settings({PREFECT_API_URL: self.api}):
-            bootstrap()
+            bootstrap(PoolOptions())
 
     def close(self) -> None:
         """End whatever was started."""
@@ -91,7 +94,7 @@ class Team:
             parameters={**config().model_dump(mode="json"), **sections},
             state=Scheduled(),
             work_queue_name=queue,
-            job_variables={"env": {"CDPO_HOME": str(home), **HEARTBEAT}},
+            job_variables={"env": {"CDPO_HOME": str(home), **RUN_SETTINGS}},
         )
         return run.id
 
@@ -135,6 +138,7 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
     """One Prefect server for all tests of runs under workers."""
     started = Team(tmp_path_factory.mktemp("team"))
     try:
+        started.deploy()
         yield started
     finally:
         started.close()
