@@ -77,11 +77,11 @@ def run(
     experiment = _load(config, given, json)
     with showing_progress() as progress:
         progress("checks", 0, 1)
-        log_file = begin("run", experiment)
+        log_file = begin("run")
         from flows.experiment import run_experiment
         from flows.preflight import check_before_run
 
-        check_before_run(experiment)
+        check_before_run(experiment, serve=True)
         progress("checks", 1, 1)
         result = run_experiment(experiment, progress=progress)
     if json is not None:
@@ -156,13 +156,13 @@ def sweep(
     varied = combinations(experiment, all_seeds, vary)
     with showing_progress() as progress:
         progress("checks", 0, 1)
-        begin("sweep", experiment)
+        begin("sweep")
         from flows.closing_report import print_sweep
         from flows.preflight import check_before_run
         from flows.sweep import ChildrenFailed, run_sweep
 
         for item in varied:
-            check_before_run(item.config)
+            check_before_run(item.config, serve=True)
         progress("checks", 1, 1)
         failure = None
         try:
@@ -204,12 +204,12 @@ def compare(
     chosen = [method.name for method in load_methods(entries(methods, "--methods") if methods else [])]
     with showing_progress() as progress:
         progress("checks", 0, 1)
-        begin("compare", experiment)
+        begin("compare")
         from flows.closing_report import print_comparison
         from flows.compare import run_compare
         from flows.preflight import check_before_run
 
-        check_before_run(experiment)
+        check_before_run(experiment, serve=True)
         progress("checks", 1, 1)
         result = run_compare(experiment, entries(limits, "--limits"), numbers, chosen, progress=progress)
     if json is not None:

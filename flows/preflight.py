@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.errors import InputError
-from flows.temporary_server import wait_until_ready
+from flows.temporary_server import is_own, start_prefect_server, wait_until_ready
 from tasks.access import FIX
 from tasks.environment import cdpo_home
 from tasks.mlflow_connection import without_secrets
@@ -26,12 +26,17 @@ SHARED = "reward"
 _passed: set[str] = set()
 
 
-def check_before_run(config: ExperimentConfig) -> None:
+def check_before_run(config: ExperimentConfig, *, serve: bool = False) -> None:
     """The machine, the models' bases, data rows, the store, the Prefect server and MLflow.
 
     The command line checks before it starts a flow and the flow, which a worker may run, before its first stage: a
     config that passed in this process is not checked a second time. A server that is away is an error at once where
     somebody typed the command, and waited for in a run that a worker started and in a sweep's later children.
+
+    Args:
+        config: of the run.
+        serve: start a Prefect server for this process, unless the user's settings name one, once the input is found
+            good; the checks that need servers go on beside its start.
 
     Raises:
         InputError: the first thing that is wrong, where it is and what to do.
@@ -46,10 +51,14 @@ def check_before_run(config: ExperimentConfig) -> None:
     for field, base, revision, heads in _models(config):
         _check_model(field, base, revision, heads)
     check_source(config)
+    if serve:
+        start_prefect_server(cdpo_home() / "logs")
     store = store_of(config)
     when_there(store.uri, store.probe)
+    if not is_own():
+        when_there("Prefect", _check_prefect)
     Tracker.open(config.tracking, store, cdpo_home())
-    when_there("Prefect", _check_prefect)  # last: a server of this command's own starts meanwhile
+    wait_until_ready()
     _passed.add(identity)
 
 
@@ -75,7 +84,6 @@ def _check_prefect() -> None:
     url = PREFECT_API_URL.value()
     if not url:  # the first flow starts a temporary server
         return
-    wait_until_ready()
     if without_secrets(url) != url:
         raise InputError(
             "the Prefect server's address holds credentials",

@@ -139,7 +139,12 @@ class Stack:
         return [*PYTHON, "prefect", "server", "start", "--host", self.host, "--port", str(self.prefect_port)]
 
     def _prefect_environment(self) -> dict[str, str]:
-        environment = {**self.for_clients(), "PREFECT_SERVER_UI_API_URL": f"{self.prefect}/api"}
+        environment = {
+            **self.for_clients(),
+            "PREFECT_SERVER_UI_API_URL": f"{self.prefect}/api",
+            # A schedule that was added a minute ahead of its time would be missed by the default of a minute.
+            "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "10",
+        }
         if self.login:
             environment["PREFECT_SERVER_API_AUTH_STRING"] = self.login.for_clients()["PREFECT_API_AUTH_STRING"]
         if self.databases:

@@ -1,4 +1,4 @@
-"""The Prefect server of one command: started while the command still imports, ended with it.
+"""The Prefect server of one command: started while the command still checks, ended with it.
 
 Prefect would start the same server by itself at the first flow, after importing all of it into this process, and wait.
 Started here it is ready by then, which saves seconds of every run, and one that dies is started again.
@@ -33,28 +33,35 @@ def start_prefect_server(folder: Path) -> None:
     """
     from prefect.settings import PREFECT_API_URL
 
+    global _own
     if PREFECT_API_URL.value():
         return
-    server = _Server(folder / f"prefect-{os.getpid()}.log")
+    _own = _Server(folder / f"prefect-{os.getpid()}.log")
     # Prefect sends the last logs and events when the interpreter ends. What is registered first ends last.
-    atexit.register(server.end)
-    _use(server.address)
+    atexit.register(_own.end)
+    _use(_own.address)
+
+
+def is_own() -> bool:
+    """Whether Prefect's server is one that this process started for itself."""
+    from prefect.settings import PREFECT_API_URL
+
+    return _own is not None and PREFECT_API_URL.value() == _own.address
 
 
 def wait_until_ready() -> None:
-    """Wait for the server of this command, if it has one.
+    """Wait for the server of this process, if it has one.
 
     Raises:
         CdpoError: it does not start.
     """
-    log_file = os.environ.get(TEMPORARY_PREFECT)
-    if not log_file:
+    if _own is None:
         return
     deadline = time.monotonic() + READY_SECONDS
-    while http_json(f"{os.environ[ADDRESS]}/health") is None:
+    while http_json(f"{_own.address}/health") is None:
         if time.monotonic() > deadline:
-            path = Path(log_file)
-            raise CdpoError(f"Prefect's server did not start\n{tail(path)}", where=log_file, fix="read its log")
+            what = f"Prefect's server did not start\n{tail(_own.log)}"
+            raise CdpoError(what, where=str(_own.log), fix="read its log")
         time.sleep(0.05)
 
 
@@ -77,7 +84,7 @@ class _Server:
     """The server's process, started again on the same port and database when it dies before its end."""
 
     def __init__(self, log_file: Path) -> None:
-        self._log, self._port = log_file, free_port()
+        self.log, self._port = log_file, free_port()
         self.address = f"http://127.0.0.1:{self._port}/api"
         os.environ[TEMPORARY_PREFECT] = str(log_file)
         self._process = self._started()
@@ -103,4 +110,7 @@ class _Server:
         # As Prefect starts its own: no pages, and no services that only a lasting server needs.
         own = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
         environment = {name: value for name, value in os.environ.items() if name not in (ADDRESS, TEMPORARY_PREFECT)}
-        return Child("Prefect's server", command, {**environment, **own}, self._log, ends_with_parent=True)
+        return Child("Prefect's server", command, {**environment, **own}, self.log, ends_with_parent=True)
+
+
+_own: _Server | None = None

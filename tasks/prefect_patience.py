@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import httpx
 from prefect.client.orchestration import get_client
-from prefect.context import FlowRunContext
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.context import FlowRunContext, SettingsContext, get_settings_context
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES
 
 from tasks.patience import PAUSE_SECONDS
 
 if TYPE_CHECKING:
+    from prefect.settings import Settings
+
     from tasks.workbench import Workbench
 
 log = logging.getLogger(__name__)
@@ -75,10 +78,28 @@ def begun(start: Callable[[], T]) -> T:
 def server_error() -> Exception | None:
     """Why Prefect's server does not answer, asked once and for seconds at most; None if it does."""
     with (
-        temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+        asking_once(),
         get_client(sync_client=True, httpx_settings={"timeout": GLANCE_SECONDS}) as client,
     ):
         return client.api_healthcheck()
+
+
+_asking_once: tuple[Settings, Settings] | None = None
+
+
+@contextmanager
+def asking_once() -> Iterator[None]:
+    """Within it Prefect's client does not repeat a request that failed.
+
+    Changed settings are all read and checked anew (0.1 s), so they are changed once and kept.
+    """
+    global _asking_once
+    context = get_settings_context()
+    if _asking_once is None or _asking_once[0] is not context.settings:
+        changed = context.settings.copy_with_update(updates={PREFECT_CLIENT_MAX_RETRIES: 0})
+        _asking_once = context.settings, changed
+    with SettingsContext(profile=context.profile, settings=_asking_once[1]):
+        yield
 
 
 def ends_when_there(function: Callable[P, T]) -> Callable[P, T]:

@@ -23,19 +23,21 @@ from prefect.artifacts import (
 )
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
-from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.settings import PREFECT_API_URL
 from prefect.utilities.urls import url_for
 
 from tasks.attempts import end_dead_runs, end_former_attempt, this_process
 from tasks.environment import TEMPORARY_PREFECT
 from tasks.orphan import outlive_the_worker
-from tasks.prefect_patience import wait_for_server
+from tasks.prefect_patience import asking_once, wait_for_server
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
 
 log = logging.getLogger(__name__)
 
+# Mermaid's own first colours can hardly be seen on a light page; these are the figures'.
+MERMAID_LOOK = '%%{init: {"themeVariables": {"xyChart": {"plotColorPalette": "#0072B2, #D55E00, #009E73, #CC79A7"}}}}%%'
 PROGRESS_SECONDS = 2.0
 AWAY_SECONDS = 30.0
 """How long no progress is shown after it could not be: training does not wait for a server that is away."""
@@ -157,7 +159,7 @@ class ProgressArtifacts:
     def _show(self, what: str, percent: float) -> None:
         if time.monotonic() < self._away_until or _this_run() is None:
             return
-        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+        with asking_once():
             known = self._artifacts.get(what)
             shown = _create_progress(what, percent) if known is None else _update_progress(known, percent)
         if shown is None:
@@ -230,7 +232,7 @@ def _mermaid_lines(title: str, at: Sequence[int], lines: Sequence[Sequence[float
     # Mermaid reads no exponents.
     body = "\n".join(f"  line [{', '.join(f'{value:.4f}' for value in line)}]" for line in lines)
     axis = f'  x-axis "round" [{", ".join(map(str, at))}]\n  y-axis {low - room:.4f} --> {high + room:.4f}'
-    return f'```mermaid\nxychart-beta\n  title "{title}"\n{axis}\n{body}\n```'
+    return f'```mermaid\n{MERMAID_LOOK}\nxychart-beta\n  title "{title}"\n{axis}\n{body}\n```'
 
 
 def _this_run() -> FlowRun | None:

@@ -101,7 +101,7 @@ def flows(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         "experiment": {"run_experiment": run_experiment},
         "sweep": {"run_sweep": run_sweep, "ChildrenFailed": ChildrenFailed},
         "plan": {"plan_experiment": plan_experiment},
-        "preflight": {"check_before_run": lambda config: None},
+        "preflight": {"check_before_run": lambda config, **options: None},
     }
     for name, members in replaced.items():
         module = types.ModuleType(f"flows.{name}")

@@ -55,7 +55,7 @@ def serving(folder: Path, ports: list[int]) -> Iterator[Any]:
         assert not any(SECRET in " ".join(process.cmdline()) for process in family)
         yield client
         server.send_signal(signal.SIGTERM)
-        server.wait(60)
+        server.wait(120)
         assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family)
     finally:
         if server.poll() is None:

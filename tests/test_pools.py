@@ -14,7 +14,7 @@ from pydantic import ConfigDict
 from cdpo_core.errors import InputError
 from deployments import pools
 from deployments.pools import TYPES, PoolOptions, base_template, make_pools
-from tasks.environment import HEARTBEAT
+from tasks.environment import RUN_SETTINGS
 
 IMAGE = "registry.example.com/cdpo:0.1"
 
@@ -51,7 +51,7 @@ def test_a_run_on_kubernetes_is_a_job() -> None:
     assert container["envFrom"] == [{"secretRef": {"name": "cdpo"}}]
     assert container["resources"]["limits"] == {"memory": "64Gi", "nvidia.com/gpu": 2}
     told = {"CDPO_STORE": "s3://team/cdpo", "MLFLOW_TRACKING_URI": "http://mlflow:5000"}
-    assert made["env"] == {**told, **HEARTBEAT}
+    assert made["env"] == {**told, **RUN_SETTINGS}
     assert job["spec"]["backoffLimit"] == 0
     assert pod["restartPolicy"] == "Never"
     assert pod["terminationGracePeriodSeconds"] == 30

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 from servers_ceph import Ceph
 from store_kit import artifact, contents
 
 import cdpo_core
-from cdpo_core.artifacts import Manifest, folder_files
+from cdpo_core.artifacts import Manifest, Store, folder_files
 from cdpo_core.errors import StoreUnavailable
 from cdpo_core.upkeep.catalogue import read_catalogue
 from cdpo_core.upkeep.collection import Wishes, collect, plan_collection
@@ -29,6 +29,7 @@ pytestmark = pytest.mark.slow
 PUBLISHER = """
 import sys, time
 from pathlib import Path
+from threading import Event
 sys.path.insert(0, sys.argv[5])
 from store_kit import artifact
 from tasks.storage import open_store
@@ -111,18 +112,22 @@ def _root() -> str:
     return str(Path(cdpo_core.__file__).parents[1])
 
 
-def _large(folder: Path, mebibytes: int = 60) -> tuple[Path, Manifest]:
+def _large(folder: Path, mebibytes: int = 30) -> tuple[Path, Manifest]:
     return artifact(folder, "large", weights="0123456789abcdef" * (mebibytes << 16), small="small")
 
 
-def _when_parts_are_there(uri: str, publishing: Future[Manifest]) -> None:
-    """Wait until some parts of an upload have arrived, and not all."""
-    shelves = open_shelves(uri)
-    deadline = time.monotonic() + 300
-    while not [item for item in shelves.leftovers() if item.size]:
-        assert not publishing.done(), "published before a part was seen"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+class Gate:
+    """Stops an upload before its third part, until it is opened."""
+
+    def __init__(self, store: Store) -> None:
+        self.reached, self.opened, self.parts = Event(), Event(), 0
+        store._client.meta.events.register("before-call.s3.UploadPart", self._before_a_part)  # type: ignore[attr-defined]
+
+    def _before_a_part(self, **request: object) -> None:
+        self.parts += 1
+        if self.parts == 3:
+            self.reached.set()
+            assert self.opened.wait(300)
 
 
 @pytest.mark.faults
@@ -151,13 +156,17 @@ def test_a_publish_goes_on_when_the_server_comes_back_in_mid_upload(
 ) -> None:
     monkeypatch.setenv("CDPO_HOME", str(tmp_path / "home"))
     folder, manifest = _large(tmp_path / "out")
+    store = open_store(ceph_uri)
+    gate = Gate(store)
     with ThreadPoolExecutor(1) as pool:
-        publishing = pool.submit(open_store(ceph_uri).publish, folder, manifest)
-        _when_parts_are_there(ceph_uri, publishing)
-        always_up.kill()
-        always_up.start()
+        publishing = pool.submit(store.publish, folder, manifest)
+        assert gate.reached.wait(300)
         assert _nothing_half_visible(ceph_uri)
+        always_up.kill()
+        gate.opened.set()
+        always_up.start()
         assert publishing.result(600) == manifest
+    assert gate.parts > 3
     _is_whole(ceph_uri, manifest, tmp_path, monkeypatch)
 
 
@@ -168,10 +177,13 @@ def test_a_publish_whose_server_stays_away_fails_in_words_and_the_next_one_compl
     monkeypatch.setenv("CDPO_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(s3_store, "OUTAGE_SECONDS", 1.0)
     folder, manifest = _large(tmp_path / "out")
+    store = open_store(ceph_uri)
+    gate = Gate(store)
     with ThreadPoolExecutor(1) as pool:
-        publishing = pool.submit(open_store(ceph_uri).publish, folder, manifest)
-        _when_parts_are_there(ceph_uri, publishing)
+        publishing = pool.submit(store.publish, folder, manifest)
+        assert gate.reached.wait(300)
         always_up.kill()
+        gate.opened.set()
         with pytest.raises(StoreUnavailable, match="cannot be reached") as caught:
             publishing.result(600)
     assert "run the same command again" in caught.value.fix

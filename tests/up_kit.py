@@ -97,19 +97,25 @@ class Up:
 
 
 def ask(url: str, method: str = "GET", body: Any = None, headers: Mapping[str, str] | None = None) -> Any:
-    """One request; its parsed answer, or (status, text) when it is refused."""
+    """One request, again while the server cannot serve it now; its parsed answer, or (status, text) when it refuses."""
     request = urllib.request.Request(
         url,
         data=None if body is None else json.dumps(body).encode(),
         method=method,
         headers={"Content-Type": "application/json", **(headers or {})},
     )
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            text = answer.read()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-    return json.loads(text) if text else None
+    for wait in (1, 2, 4, 8, 16, 0):
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                text = answer.read()
+        except urllib.error.HTTPError as error:
+            # A busy SQLite is 503.
+            if error.code < 500 or not wait:
+                return error.code, error.read().decode()
+            time.sleep(wait)
+        else:
+            return json.loads(text) if text else None
+    raise AssertionError("the last try returns")
 
 
 @contextmanager

@@ -48,7 +48,15 @@ start() {
   children+=($!)
 }
 children=()
-trap 'kill "${children[@]}" 2>/dev/null; wait' TERM INT
+# The gateway first, the monitor last: each needs the ones before it to end in order.
+stop() {
+  for ((at = ${#children[@]} - 1; at >= 0; at--)); do
+    kill "${children[at]}" 2>/dev/null || continue
+    for _ in $(seq 50); do kill -0 "${children[at]}" 2>/dev/null || break; sleep 0.2; done
+    kill -9 "${children[at]}" 2>/dev/null || true
+  done
+}
+trap 'stop; exit 143' TERM INT
 
 until_ready() {
   for _ in $(seq 600); do
@@ -96,7 +104,7 @@ fi
 start radosgw -n client.rgw --no-mon-config --auth_client_required=none "--ms_mon_client_mode=crc secure" \
   "--rgw-frontends=beast endpoint=$address:$port"
 echo "S3 at http://$address:$port"
-wait -n
+wait -n || true
 echo "a part of the S3 server ended" >&2
-kill "${children[@]}" 2>/dev/null
+stop
 exit 1
