@@ -200,6 +200,30 @@ def test_racing_processes_get_one_run(tracker: Tracker, store: LocalStore, mlflo
     assert [run.info.run_id for run in _runs(tracker)] == [found[0]]
 
 
+def test_racing_processes_register_one_version(tracker: Tracker, store: LocalStore, mlflow_home: Path) -> None:
+    """Both look before either has made a version."""
+    run_id = tracker.run_for("key", "first")
+    racers = [Tracker.open(TrackingConfig(), store, mlflow_home) for _ in range(2)]
+    both_looked, found = threading.Barrier(len(racers)), []
+
+    def look_first(racer: Tracker) -> None:
+        search, waits = racer._client.search_model_versions, iter([both_looked.wait])
+        racer._client.search_model_versions = lambda words: (search(words), next(waits, lambda: None)())[0]
+
+    def race(racer: Tracker) -> None:
+        found.append(racer.register_policy(run_id, "cdpo-first", POLICY, CERTIFICATE, {"limit": "0"}))
+
+    for racer in racers:
+        look_first(racer)
+    threads = [threading.Thread(target=race, args=(racer,)) for racer in racers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == ["1", "1"]
+    assert [version.version for version in _client(tracker).search_model_versions("name = 'cdpo-first'")] == [1]
+
+
 def test_processes_that_open_a_new_database_at_once(tmp_path: Path) -> None:
     words = f"""
 import time

@@ -27,21 +27,21 @@ def home(tmp_path: Path, _empty_mlflow_database: Path) -> Path:
     return state_folder(tmp_path / "home", _empty_mlflow_database)
 
 
-@pytest.mark.parametrize("own_process", [False, True])
-def test_a_cancelled_run_is_gone_and_continues(own_process: bool, team: Team, home: Path, finished: Finished) -> None:
-    team.worker(f"cancel-{own_process}")
-    run_id = team.start(home, f"cancel-{own_process}", compute={"threads": 1, "own_process": own_process})
-    until(training(home, "sft", "data"), lambda: str(team.run(run_id).state), every=0.01)
-    assert len(processes_of(run_id)) == (2 if own_process else 1)
-    assert _cancelled_within(team, run_id) < CANCEL_SECONDS
-    until(lambda: team.state(run_id) == "Cancelled", lambda: str(team.run(run_id).state))
-    until(lambda: not team.unfinished(run_id))
-    assert _mlflow_status(home) == "KILLED"
-    assert any(home.glob("scratch/*/checkpoint.safetensors"))
-
+def test_a_cancelled_run_is_gone_and_its_retry_continues(team: Team, home: Path, finished: Finished) -> None:
+    run_id = _cancelled_in_training(team, home, own_process=False)
     team.retry(run_id)
     _wait_for_the_end(team, run_id)
     assert team.run(run_id).run_count == 2
+    _is_as_never_stopped(home, finished)
+
+
+def test_a_run_with_stages_in_own_processes_is_gone_too_and_a_new_run_continues(
+    team: Team, home: Path, finished: Finished
+) -> None:
+    _cancelled_in_training(team, home, own_process=True)
+    # Which process computes is in no key: the new run may say otherwise, and is quicker so.
+    run_id = team.start(home, "cancel-True")
+    _wait_for_the_end(team, run_id)
     _is_as_never_stopped(home, finished)
 
 
@@ -94,6 +94,20 @@ def test_two_attempts_at_once_do_no_harm(team: Team, home: Path, finished: Finis
     _wait_for_the_end(team, run_id)
     assert team.run(run_id).run_count == 2
     _is_as_never_stopped(home, finished)
+
+
+def _cancelled_in_training(team: Team, home: Path, own_process: bool) -> UUID:
+    """A run that was cancelled in the middle of a training, and what is left of it then."""
+    team.worker(f"cancel-{own_process}")
+    run_id = team.start(home, f"cancel-{own_process}", compute={"threads": 1, "own_process": own_process})
+    until(training(home, "sft", "data"), lambda: str(team.run(run_id).state), every=0.01)
+    assert len(processes_of(run_id)) == (2 if own_process else 1)
+    assert _cancelled_within(team, run_id) < CANCEL_SECONDS
+    until(lambda: team.state(run_id) == "Cancelled", lambda: str(team.run(run_id).state))
+    until(lambda: not team.unfinished(run_id))
+    assert _mlflow_status(home) == "KILLED"
+    assert any(home.glob("scratch/*/checkpoint.safetensors"))
+    return run_id
 
 
 def _cancelled_within(team: Team, run_id: UUID) -> float:
