@@ -75,13 +75,13 @@ def test_after_a_cleaning_all_that_was_kept_works(home: Path, finished: Finished
     assert (code, computed(result)) == (0, [])
     versions = registered_policies(TrackingConfig(), home, [])
     assert "cdpo-slack" in {version.model for version in versions}
-    for version in versions:
+    for number, version in enumerate(versions):
         found = [
             manifest for manifest in open_store(str(home / "store")).manifests() if manifest.digest == version.digest
         ]
         reference = f"{home}/store/stages/round/{found[0].key}.json"
-        assert command_line(["export", reference, str(tmp_path / version.model)], home).code == 0
-        assert (tmp_path / version.model / "model.safetensors").exists()
+        assert command_line(["export", reference, str(tmp_path / str(number))], home).code == 0
+        assert (tmp_path / str(number) / "model.safetensors").exists()
         said = command_line(["sample", reference, "how do I bake bread?", "-n", "1"], home)
         assert said.code == 0
         assert said.out.startswith("how do I bake bread?\n  ")
