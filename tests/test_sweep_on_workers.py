@@ -11,7 +11,7 @@ import psutil
 import pytest
 from chain_kit import OVERRIDES, computed, digests, new_home, run_here, stage_counts
 from servers_postgres import Postgres
-from sweep_kit import Team, kill_tree, team, until
+from sweep_kit import Team, team, until
 
 from cdpo_core.config_loading import load_config
 from tasks.result import outcome_name
@@ -48,7 +48,7 @@ def swept(crew: Team) -> Swept:
     """Six limits; the parent's process is killed in mid-sweep, and the parent is retried."""
     run_id = crew.start("sweep/sweep", _parameters(crew.home / "store", limits=LIMITS))
     until(lambda: len(crew.children()) == 6 and crew.children()[0]["state"]["type"] == "COMPLETED")
-    kill_tree(crew.process_of(run_id).pid)
+    crew.kill(run_id)
     assert crew.ended(run_id)["state"]["type"] == "CRASHED"
     before = crew.children()
     crew.set_state(run_id, "SCHEDULED", force=True)
@@ -151,7 +151,7 @@ def test_a_killed_child_is_named_and_a_retry_runs_it_alone(swept: Swept) -> None
         return [run for run in crew.children() if run["id"] not in known]
 
     until(lambda: bool(mine()) and "cdpo.pid" in crew.run(mine()[0]["id"])["labels"])
-    kill_tree(crew.process_of(mine()[0]["id"]).pid)
+    crew.kill(mine()[0]["id"])
     ended = crew.ended(run_id)
     assert ended["state"]["type"] == "FAILED"
     assert ended["state"]["message"].startswith("1 of 2 children failed: tiny, harm ≤ -0.12 (Crashed")
