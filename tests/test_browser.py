@@ -57,8 +57,11 @@ def run_page(up: Up, web: BrowserContext) -> Page:
     picture(page, "prefect_form")
     # From λ = 0, as in the paper, it takes more than one round.
     _choose(page, "Start (Optional)", "offline", "zero")
-    page.get_by_role("button", name="Submit").click()
-    page.get_by_role("link", name="View run").click()
+    with page.expect_response(lambda answer: answer.url.endswith("/create_flow_run")) as created:
+        page.get_by_role("button", name="Submit").click()
+    assert created.value.ok, created.value.text()
+    # The page links the run in a message that is gone after seconds.
+    page.goto(f"{_ui(up)}/runs/flow-run/{created.value.json()['id']}")
     expect(page.get_by_text(ENDED).first).to_be_visible(timeout=1_800_000)
     return page
 
