@@ -27,8 +27,9 @@ def main(arguments: Sequence[str]) -> None:
     """Compute everything again; ends with an error when a byte differs."""
     store, folder, threads = LocalStore(arguments[0]), Path(arguments[1]), int(arguments[2])
     stages = [stage for stage in vars(pipeline).values() if isinstance(stage, Stage)]
-    made: dict[str, Path] = {}
-    for manifest in in_order(store.manifests()):
+    names, made = {stage.name for stage in stages}, dict[str, Path]()
+    # What is no stage (a run's report) is orchestration's.
+    for manifest in in_order([item for item in store.manifests() if item.stage in names]):
         out, scratch = folder / manifest.key, folder / f"{manifest.key}.scratch"
         out.mkdir(parents=True)
         scratch.mkdir()
