@@ -12,6 +12,7 @@ from rich.table import Table
 from cdpo_core.evaluation.result import cost_figures, tail_figures, verdict
 from cdpo_core.evaluation.sweep_result import choice_words
 from tasks.environment import default_store
+from tasks.report_words import percent
 
 Record = Mapping[str, Any]
 SHARES = ("unsafe_prompts", "over_refusal")
@@ -91,7 +92,7 @@ def _methods(result: Record) -> Table:
             name,
             _mean(figures.get("reward")),
             *(cells or [_plus_minus(figures.get(key)) for key in costs.values()]),
-            _percent(figures.get("safe_rate")),
+            percent(figures.get("safe_rate")),
             _mean(figures.get("kl")),
         )
     return table
@@ -101,7 +102,7 @@ def _tails(result: Record) -> Table:
     heads = tail_figures(result)
     table = _table("Beyond the mean", "method", *heads)
     for name, figures in _by_method(result).items():
-        table.add_row(name, *((_percent if key in SHARES else _mean)(figures.get(key)) for key in heads.values()))
+        table.add_row(name, *((percent if key in SHARES else _mean)(figures.get(key)) for key in heads.values()))
     return table
 
 
@@ -284,11 +285,6 @@ def _plus_minus(value: Any) -> str:
     if not isinstance(value, Mapping):
         return _number(value)
     return f"{_number(value['mean'])} ± {_number((value['high'] - value['low']) / 2)}"
-
-
-def _percent(value: Any) -> str:
-    mean = value.get("mean") if isinstance(value, Mapping) else value
-    return "–" if mean is None else f"{100 * mean:.0f} %"
 
 
 def _number(value: Any, spec: str = ".2f") -> str:
