@@ -27,8 +27,8 @@ demo: $(STAMP)  ## From nothing to a certified policy on the testbed (under 4 mi
 servers:  ## Install the servers that tests talk to (Debian: PostgreSQL, Ceph's S3 gateway, Chromium)
 	bash tests/install_servers.sh
 
-test: $(STAMP)  ## Every test but the next (at most 12 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not faults"
+test: $(STAMP)  ## Every test but the next (at most 12 minutes on 2 cores, two at a time)
+	$(BIN)/python -m pytest -m "not faults" -n 2 --dist loadfile
 
 test-faults: $(STAMP)  ## Kills, outages, sweeps on several workers (tens of minutes on 2 cores)
 	$(BIN)/python -m pytest -m faults

@@ -30,7 +30,7 @@ from prefect.client.schemas.filters import (
 
 from tasks.tracking import experiment_key
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 UNFINISHED = {"RUNNING", "PENDING", "CANCELLING"}
 
