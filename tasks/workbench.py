@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.context import TagsContext
 from prefect.states import Completed, State
 
 from cdpo_core.artifacts import ArtifactRef, Manifest, Store
@@ -84,7 +85,10 @@ class Workbench:
         as_task = _stage_task.with_options(name=label, task_run_name=label)
 
         def make() -> StageResult:
-            result: StageResult = outcome(as_task(self, stage, dict(inputs), label, extra, return_state=True))
+            # Of a task with tags Prefect asks the server for the limits of each, which a server on SQLite that is
+            # just writing the task before answers with 503: two seconds until the next try.
+            with TagsContext():
+                result: StageResult = outcome(as_task(self, stage, dict(inputs), label, extra, return_state=True))
             return result
 
         result = with_whole(inputs.values(), make)

@@ -134,6 +134,9 @@ class OfflineDual:
                 break
             while self.value(lambda_ + size * step, limits) > here + 1e-4 * size * decrease and size > TOLERANCE:
                 size /= 2
+            # Where the jackknife cuts a prompt's largest weight off, its mean is not D's slope to the last digit.
+            if size <= TOLERANCE:
+                break
             lambda_ = np.clip(lambda_ + size * step, 0.0, lambda_max)
         return lambda_
 
