@@ -56,10 +56,13 @@ class Calls:
         self._client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
 
     def file(self, run_id: str, path: str, content: Content) -> None:
-        """A file at `path`, unless the same bytes are there already."""
-        sent = self._sent_files(run_id)
+        """A file at `path`, unless the same bytes are there already.
+
+        Another process may send files of the same run meanwhile, so the list of them is read again before it is
+        written. A file that two writes at one moment leave out of it is only sent once more.
+        """
         digest = (file_sha256(content) if isinstance(content, Path) else sha256(content).hexdigest())[:16]
-        if sent.get(path) == digest:
+        if self._sent_files(run_id).get(path) == digest:
             return
         folder, _, name = path.rpartition("/")
         if isinstance(content, Path):
@@ -68,8 +71,9 @@ class Calls:
             with tempfile.TemporaryDirectory() as temporary:
                 (Path(temporary) / name).write_bytes(content)
                 self._client.log_artifact(run_id, str(Path(temporary) / name), folder or None)
-        sent[path] = digest
-        self.tags(run_id, {FILES_TAG: json.dumps(sent, sort_keys=True)})
+        self.know_files(run_id, self._client.get_run(run_id).data.tags)
+        self._files[run_id][path] = digest
+        self.tags(run_id, {FILES_TAG: json.dumps(self._files[run_id], sort_keys=True)})
 
     def table(self, run_id: str, path: str, content: Content) -> None:
         """A file that the UI shows as a table.
