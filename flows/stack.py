@@ -110,7 +110,8 @@ class Stack:
             "PREFECT_HOME": os.environ.get("PREFECT_HOME") or str(self.home / "prefect"),
             "PREFECT_API_URL": f"{self.prefect}/api",
             "PREFECT_UI_URL": self.prefect,
-            "PREFECT_WORKER_QUERY_SECONDS": "2",
+            # Each question writes to the server's database, and SQLite refuses who writes at the same moment (503).
+            "PREFECT_WORKER_QUERY_SECONDS": "2" if self.databases else "5",
             "MLFLOW_TRACKING_URI": self.mlflow,
             "PYTHONUNBUFFERED": "1",
         }
