@@ -20,6 +20,8 @@ from prefect.client.orchestration import get_client
 from prefect.logging.handlers import PrefectConsoleHandler
 from prefect.states import Cancelled
 
+from tasks.prefect_patience import client_asking_once
+
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun, State
 
@@ -81,7 +83,7 @@ def _watch(run: FlowRun, worker: int) -> None:
 
 def _is_cancelled(run: FlowRun) -> bool:
     """Whether somebody cancelled the run; False when Prefect's server does not say."""
-    with suppress(Exception), get_client(sync_client=True) as client:
+    with suppress(Exception), client_asking_once() as client:
         state = client.read_flow_run(run.id).state
         return state is not None and (state.is_cancelling() or state.is_cancelled())
     return False

@@ -23,6 +23,7 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES
 from tasks.patience import PAUSE_SECONDS
 
 if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
     from prefect.settings import Settings
 
     from tasks.workbench import Workbench
@@ -77,11 +78,15 @@ def begun(start: Callable[[], T]) -> T:
 
 def server_error() -> Exception | None:
     """Why Prefect's server does not answer, asked once and for seconds at most; None if it does."""
-    with (
-        asking_once(),
-        get_client(sync_client=True, httpx_settings={"timeout": GLANCE_SECONDS}) as client,
-    ):
+    with client_asking_once() as client:
         return client.api_healthcheck()
+
+
+@contextmanager
+def client_asking_once() -> Iterator[SyncPrefectClient]:
+    """Prefect's client that fails within `GLANCE_SECONDS` when the server does not answer, instead of minutes."""
+    with asking_once(), get_client(sync_client=True, httpx_settings={"timeout": GLANCE_SECONDS}) as client:
+        yield client
 
 
 _asking_once: tuple[Settings, Settings] | None = None

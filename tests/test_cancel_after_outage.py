@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import psutil
 import pytest
-from chain_kit import config, training
+from chain_kit import config, stored
 from worker_kit import Team, processes_of, state_folder, until
 
 from flows.processes import Child, http_json
@@ -43,7 +43,7 @@ def test_a_run_is_cancelled_after_the_server_was_away(lonely_team: Team, home: P
     # Training that does not end by itself while the test looks.
     sft = {**config().sft.model_dump(mode="json"), "steps": 1_000_000}
     run_id = team.start(home, "outage", sft=sft)
-    until(training(home, "sft", "data"), lambda: str(team.run(run_id).state), every=0.05)
+    until(lambda: stored(home, "data") and any(home.glob("scratch/*")), lambda: str(team.run(run_id).state))
     _server_away(team, AWAY_SECONDS)
     time.sleep(5)
     assert processes_of(run_id)
