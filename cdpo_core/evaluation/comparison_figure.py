@@ -41,7 +41,7 @@ def comparison_figure(
         panel.set_xlabel("mean cost (dotted: the limits)")
         panel.set_ylabel("mean reward")
         bars = "bars: 95 % interval" + (" of the distance to the exact optimum" if exact else "")
-        panel.set_title(f"Reward that each method has at its cost, mean over seeds ({bars})", fontsize=10)
+        panel.set_title(f"Reward that each method has at its cost, mean over seeds\n{bars}", fontsize=10)
         panel.legend(fontsize=8)
 
 
