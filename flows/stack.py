@@ -15,6 +15,7 @@ from pathlib import Path
 
 from flows.databases import VARIABLE, Databases
 from flows.pools import POOL, SWEEP_POOL
+from flows.prefect_server import COMMAND as PREFECT_SERVER
 from flows.processes import MARKER
 from tasks.access import PASSWORD, USERNAME, Login
 from tasks.environment import DEFAULT_STORE, local_mlflow
@@ -137,7 +138,7 @@ class Stack:
         return pool, name, Part(f"the worker {name}", [*command, *more], self.for_clients(), log)
 
     def _prefect_command(self) -> list[str]:
-        return [*PYTHON, "prefect", "server", "start", "--host", self.host, "--port", str(self.prefect_port)]
+        return [*PREFECT_SERVER, "prefect", "server", "start", "--host", self.host, "--port", str(self.prefect_port)]
 
     def _prefect_environment(self) -> dict[str, str]:
         environment = {

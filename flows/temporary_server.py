@@ -9,12 +9,12 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import sys
 import threading
 import time
 from pathlib import Path
 
 from cdpo_core.errors import CdpoError
+from flows.prefect_server import COMMAND as PREFECT_SERVER
 from flows.processes import Child, free_port, http_json, tail
 from tasks.environment import TEMPORARY_PREFECT
 
@@ -105,7 +105,7 @@ class _Server:
                 self._process = self._started()
 
     def _started(self) -> Child:
-        command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+        command = [*PREFECT_SERVER, "uvicorn", "--factory", "prefect.server.api.server:create_app"]
         command += ["--host", "127.0.0.1", "--port", str(self._port), "--log-level", "error", "--lifespan", "on"]
         # As Prefect starts its own: no pages, and no services that only a lasting server needs.
         own = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}

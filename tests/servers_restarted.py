@@ -21,6 +21,8 @@ from urllib.parse import urlsplit
 import pytest
 from servers_s3 import free_port
 
+from flows.prefect_server import COMMAND as PREFECT_SERVER
+
 READY_SECONDS = 240
 HOP_HEADERS = {"connection", "transfer-encoding", "expect", "keep-alive"}
 
@@ -84,7 +86,7 @@ def restarted_prefect(folder: Path) -> Restarted:
     """A Prefect server with its database in the folder; its address is the API's."""
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    command = [*PREFECT_SERVER, "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     api = f"http://127.0.0.1:{port}/api"
     environment = {**os.environ, "PREFECT_HOME": str(folder), "PREFECT_API_URL": api, "PREFECT_SERVER_UI_API_URL": api}
     environment.pop("PREFECT_API_DATABASE_CONNECTION_URL", None)

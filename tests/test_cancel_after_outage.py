@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from chain_kit import config, stored
 from worker_kit import Team, processes_of, state_folder, until
 
+from flows.prefect_server import COMMAND as PREFECT_SERVER
 from flows.processes import Child, http_json
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
@@ -57,7 +57,7 @@ def test_a_run_is_cancelled_after_the_server_was_away(lonely_team: Team, home: P
 def _server_away(team: Team, seconds: float) -> None:
     """Kill the server, and start it again after a while on the same port and database."""
     port = str(urlsplit(team.api).port)
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
+    command = [*PREFECT_SERVER, "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
     for process in psutil.process_iter(["cmdline"]):
         if port in (process.info["cmdline"] or []):
             process.kill()

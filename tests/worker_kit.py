@@ -33,6 +33,7 @@ from prefect.states import Cancelling, Crashed, Scheduled
 from deployments.bootstrap import bootstrap
 from deployments.pools import PoolOptions
 from flows.pools import POOL
+from flows.prefect_server import COMMAND as PREFECT_SERVER
 from flows.processes import MARKER, Child, end_marked, free_port, http_json
 from tasks.environment import RUN_SETTINGS
 
@@ -57,7 +58,7 @@ class Team:
             **RUN_SETTINGS,
         }
         self._environment.pop("MLFLOW_TRACKING_URI", None)
-        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+        command = [*PREFECT_SERVER, "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
         self._server = Child("server", command, self._environment, folder / "server.log")
 
     def deploy(self) -> None:
