@@ -129,7 +129,7 @@ class DpoConfig(Section):
     labels: Literal["soft", "sampled", "hard"] = Field("soft", description="`sampled` is the paper's draw, `soft` its expectation, `hard` the arg max.", json_schema_extra={"position": 1})
     anchor: float = Field(0.1, ge=0, description="Weight of the importance-weighted likelihood of the reference samples, at the first step.", json_schema_extra={"position": 2})
     anchor_end: float = Field(0.05, ge=0, le=1, description="Share of that weight left at the last step (half cosine); it holds mass early, and late its bias would cost more.", json_schema_extra={"position": 3})
-    steps: int = Field(900, ge=1, description="Optimizer steps a round.", json_schema_extra={"position": 4})
+    steps: int = Field(900, ge=1, description="Optimizer steps of a round that starts from the reference (dual.warm_steps: of one that does not).", json_schema_extra={"position": 4})
     prompts_per_step: int = Field(16, ge=1, description="Prompts a step.", json_schema_extra={"position": 5})
     responses_per_prompt: int = Field(16, ge=2, description="Responses of each prompt a step; all their pairs are trained on.", json_schema_extra={"position": 6})
     focus: float = Field(0.7, ge=0, lt=1, description="Share of a step's responses drawn by their weight under the policy sought instead of evenly.", json_schema_extra={"position": 7})
@@ -144,11 +144,12 @@ class DualConfig(Section):
     """How lambda moves."""
 
     update: Literal["newton", "ascent", "offline"] = Field("newton", description="`newton` is safeguarded by a bracket, `ascent` is the paper's projected step, `offline` trusts the first estimate.", json_schema_extra={"position": 0})
-    start: Literal["offline", "zero"] = Field("offline", description="First lambda: solved on the reference samples, or 0 as in the paper.", json_schema_extra={"position": 1})
+    start: Literal["corrected", "offline", "zero"] = Field("corrected", description="First lambda: `offline` is solved on the reference samples; `corrected` too, at the pull to the reference that the policy trained at lambda 0 shows; `zero` as in the paper.", json_schema_extra={"position": 1})
     step: float = Field(0.5, gt=0, description="Step size of `ascent` (lambda per cost unit of violation).", json_schema_extra={"position": 2})
     rounds: int = Field(4, ge=1, le=100, description="Most rounds of training.", json_schema_extra={"position": 3})
     lambda_max: float = Field(20.0, gt=0, description="Largest lambda tried before a limit is called infeasible (units of reward per unit of cost).", json_schema_extra={"position": 4})
-    warm_start: bool = Field(False, description="Round k starts from round k-1's policy instead of the reference.", json_schema_extra={"position": 5})
+    warm_start: Literal["unconstrained", "previous", "none"] = Field("unconstrained", description="A round starts from the policy trained at lambda 0 (`unconstrained`), from the round before (`previous`), or from the reference (`none`).", json_schema_extra={"position": 5})
+    warm_steps: float = Field(0.6, gt=0, le=1, description="Share of dpo.steps that a round takes which does not start from the reference.", json_schema_extra={"position": 6})
 
 
 class SamplingConfig(Section):

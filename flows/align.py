@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from cdpo_core.dual.ascent import Round, next_step
 from cdpo_core.dual.selection import Candidate
 from cdpo_core.evaluation.measure import Measured
 from cdpo_core.evaluation.result import round_record
-from tasks.dual import OfflinePlan, candidate, choose_round, cost_upper, dual_round, plan_dual
+from tasks.dual import OfflinePlan, candidate, choose_round, corrected_plan, cost_upper, dual_round, plan_dual
 from tasks.evaluation import exact_floor
 from tasks.journal import Journal
 from tasks.prefect_patience import ends_when_there
@@ -32,6 +33,7 @@ class Alignment:
         status: `met`, `exhausted` or `infeasible`; without any round when the limit is known to be
             out of reach.
         reason: one sentence.
+        unconstrained: the policy trained at lambda 0, where the rounds needed it.
         chosen: index into `rounds` and `policies`; the round with the most reward among those that
             the certificate would pass, else the one with the lowest bound.
     """
@@ -44,6 +46,7 @@ class Alignment:
     status: str
     reason: str
     exact_floor: list[float] | None
+    unconstrained: ArtifactRef | None = None
 
     @property
     def policy(self) -> ArtifactRef | None:
@@ -71,15 +74,16 @@ def align(bench: Workbench, prepared: Prepared, scored: Scored, journal: Journal
     floor = exact_floor(bench, prepared) if bench.config.on_testbed else None
     if floor and any(limit < low for limit, low in zip(plan.settings.limit, floor, strict=True)):
         return Alignment(plan, [], [], [], -1, "infeasible", _below_floor(floor), floor)
+    unconstrained = _unconstrained(bench, prepared, scored)
+    if unconstrained is not None and bench.config.dual.start == "corrected":
+        plan = corrected_plan(bench, prepared, scored, plan, unconstrained.measured)
     history: list[Round] = []
     candidates: list[Candidate] = []
     rounds: list[dict[str, Any]] = []
     policies: list[ArtifactRef] = []
     while (step := next_step(history, plan.settings, plan.first_lambda)).lambda_ is not None:
         log.info(step.reason)
-        previous = policies[-1] if policies and bench.config.dual.warm_start else None
-        policy = train_policy(bench, prepared, scored, step.lambda_, previous)
-        measured = _on_selection(bench, prepared, scored, policy, step.lambda_)
+        policy, measured = _trained(bench, prepared, scored, step.lambda_, unconstrained, policies)
         policies.append(policy)
         history.append(dual_round(bench, prepared, scored, measured, step.lambda_))
         candidates.append(candidate(bench, prepared, scored, measured, history[-1]))
@@ -97,7 +101,44 @@ def align(bench: Workbench, prepared: Prepared, scored: Scored, journal: Journal
             journal.round(rounds, policy)
     log.info(step.reason)
     chosen = choose_round(bench, scored, candidates)
-    return Alignment(plan, history, rounds, policies, chosen, step.status, step.reason, floor)
+    zero = unconstrained.policy if unconstrained else None
+    return Alignment(plan, history, rounds, policies, chosen, step.status, step.reason, floor, zero)
+
+
+@dataclass(frozen=True)
+class Unconstrained:
+    """The policy trained at lambda 0 from the reference, on the selection prompts."""
+
+    policy: ArtifactRef
+    measured: Measured
+
+
+def _unconstrained(bench: Workbench, prepared: Prepared, scored: Scored) -> Unconstrained | None:
+    """None where the rounds neither start from it nor learn their first lambda from it."""
+    dual, zeros = bench.config.dual, (0.0,) * len(bench.names)
+    if dual.start != "corrected" and dual.warm_start != "unconstrained":
+        return None
+    policy = train_policy(bench, prepared, scored, zeros)
+    return Unconstrained(policy, _on_selection(bench, prepared, scored, policy, zeros))
+
+
+def _trained(
+    bench: Workbench,
+    prepared: Prepared,
+    scored: Scored,
+    lambda_: tuple[float, ...],
+    unconstrained: Unconstrained | None,
+    earlier: Sequence[ArtifactRef],
+) -> tuple[ArtifactRef, Measured]:
+    """A round's policy and what it says to the selection prompts."""
+    start = bench.config.dual.warm_start
+    if unconstrained is not None and not any(lambda_):
+        return unconstrained.policy, unconstrained.measured
+    previous = earlier[-1] if earlier and start == "previous" else None
+    if unconstrained is not None and start == "unconstrained":
+        previous = unconstrained.policy
+    policy = train_policy(bench, prepared, scored, lambda_, previous)
+    return policy, _on_selection(bench, prepared, scored, policy, lambda_)
 
 
 def _on_selection(

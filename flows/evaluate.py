@@ -42,7 +42,7 @@ def evaluate(bench: Workbench, prepared: Prepared, scored: Scored, alignment: Al
     certified = None
     if policy is not None and alignment.status != "infeasible":
         certified = certify_policy(bench, prepared, scored, policy)
-    unconstrained = train_policy(bench, prepared, scored, [0.0] * len(bench.names))
+    unconstrained = alignment.unconstrained or train_policy(bench, prepared, scored, [0.0] * len(bench.names))
     policies = {REFERENCE: prepared.reference, UNCONSTRAINED: unconstrained}
     if policy is not None:
         policies["policy"] = policy

@@ -30,7 +30,7 @@ from tasks.prefect_patience import ends_when_there, part
 from tasks.prefect_records import flow_run_id
 from tasks.preference_models import scorer_reports
 from tasks.records import Prepared, Scored
-from tasks.report import draw_figures, report_folder, write_json, write_report, write_samples
+from tasks.report import draw_figures, report_folder, write_json, write_report, write_samples, written_whole
 from tasks.result import Outcome, experiment_result, outcome_name
 from tasks.uses import enter_run
 from tasks.workbench import Workbench, open_workbench, outcome, report_progress_to
@@ -91,10 +91,11 @@ def _conduct(bench: Workbench) -> dict[str, Any]:
             bench, journal, alignment.plan, reports, _outcome(prepared, scored, alignment, evaluation)
         )
         folder = report_folder(journal.key, bench.config.name)
-        draw_figures(bench, result, alignment.plan, alignment.history, evaluation.test, folder)
-        write_samples(bench, prepared, evaluation.test, folder)
-        result["report_artifact"] = write_report(bench, result, folder).model_dump()
-        write_json(result, folder / "result.json")
+        with written_whole(folder) as drafts:
+            draw_figures(bench, result, alignment.plan, alignment.history, evaluation.test, drafts)
+            write_samples(bench, prepared, evaluation.test, drafts)
+            result["report_artifact"] = write_report(bench, result, drafts).model_dump()
+            write_json(result, drafts / "result.json")
         chosen = (result["policy"] or {}).get("digest", "none")
         # A change of the code may give the same experiment another policy: each has a record of its own.
         record = f"results/{journal.key}-{chosen[:12]}"

@@ -26,7 +26,7 @@ from tasks.rounds import measure_policy, train_policy
 from tasks.workbench import Workbench, open_workbench
 
 # One training at the offline dual's λ, by which a method's training settings are compared.
-ONE_ROUND = {"dual.update": "offline", "dual.start": "offline"}
+ONE_ROUND = {"dual.update": "offline", "dual.start": "offline", "dual.warm_start": "none"}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from tasks.prefect_records import (
     markdown_table,
     show_markdown,
 )
-from tasks.report import report_folder, write_json
+from tasks.report import report_folder, write_json, written_whole
 from tasks.tracking import Tracker, experiment_key
 from tasks.workbench import Workbench, open_workbench
 
@@ -74,9 +74,10 @@ class ComparisonJournal:
         """Table, figure and records as files, MLflow artifacts and a Prefect artifact; returns the folder."""
         folder = report_folder(self.key, f"comparison-{self.config.name}")
         markdown = comparison_markdown(result["table"])
-        (folder / "comparison.md").write_text(markdown + "\n", encoding="utf-8")
-        comparison_figure(result["table"], result["exact_frontier"], folder / "comparison.png")
-        write_json(result, folder / "result.json")
+        with written_whole(folder) as drafts:
+            (drafts / "comparison.md").write_text(markdown + "\n", encoding="utf-8")
+            comparison_figure(result["table"], result["exact_frontier"], drafts / "comparison.png")
+            write_json(result, drafts / "result.json")
         for name in ("comparison.md", "comparison.png", "result.json"):
             self.tracker.log_file(self.run_id, folder / name, f"comparison/{name}")
         for method in dict.fromkeys(row["method"] for row in result["table"]):

@@ -5,9 +5,10 @@ All of it is computed from stored artifacts in milliseconds, so a continued run 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from tasks.preference_models import scorer_reports
 from tasks.records import Prepared, Scored
 from tasks.rounds import measured_from, prompt_strata
 from tasks.workbench import Workbench
+
+log = logging.getLogger(__name__)
 
 CURVE_POINTS = 60
 PRICE_POINTS = 8
@@ -56,7 +59,7 @@ def plan_dual(bench: Workbench, prepared: Prepared, scored: Scored) -> OfflinePl
     margins = _margins(bench, prepared, scored, dual, limits)
     target = limits - margins
     solved = dual.solve(target, config.dual.lambda_max)
-    first = solved if config.dual.start == "offline" else np.zeros(len(limits))
+    first = np.zeros(len(limits)) if config.dual.start == "zero" else solved
     settings = DualSettings(
         update=config.dual.update,
         step=config.dual.step,
@@ -68,6 +71,28 @@ def plan_dual(bench: Workbench, prepared: Prepared, scored: Scored) -> OfflinePl
     warning = _reach_warning(bench.names, dual, limits, solved)
     price = dual.price_of_limits(limits, config.dual.lambda_max, PRICE_POINTS)
     return OfflinePlan(dual, margins.tolist(), settings, tuple(first.tolist()), warning, price)
+
+
+def corrected_plan(
+    bench: Workbench, prepared: Prepared, scored: Scored, plan: OfflinePlan, unconstrained: Measured
+) -> OfflinePlan:
+    """The plan with the first lambda that trained policies need, told from how far the one at lambda 0 came.
+
+    Args:
+        bench: of the experiment.
+        prepared: its data.
+        scored: its scored samples.
+        plan: of `plan_dual`.
+        unconstrained: the policy trained at lambda 0, on the selection prompts.
+    """
+    pool = measured_from(bench, prepared.pool_responses, scored.pool_scores)
+    here, reference = (item.table.groupby("prompt_id")["reward"].mean() for item in (unconstrained, pool))
+    dual = plan.dual
+    beta = dual.effective_beta(float((here - reference.loc[here.index]).mean()))
+    slower = OfflineDual(dual.reward, dual.costs, beta, jackknife=dual.jackknife)
+    first = slower.solve(np.asarray(plan.settings.target), plan.settings.lambda_max)
+    log.info("the policy at λ = 0 gained what the samples promise at β = %.3g: first λ from there", beta)
+    return replace(plan, first_lambda=tuple(first.tolist()))
 
 
 def offline_dual(bench: Workbench, scored: Scored) -> OfflineDual:

@@ -24,7 +24,7 @@ from tasks.prefect_records import (
     markdown_table,
     show_markdown,
 )
-from tasks.report import report_folder, write_json
+from tasks.report import report_folder, write_json, written_whole
 from tasks.review_tracking import ReviewTracker
 from tasks.rounds import measured_from
 from tasks.sweep_review import publish_sweep_report, tell_reviewers
@@ -113,9 +113,10 @@ class SweepJournal:
     def closed(self, result: dict[str, Any]) -> Path:
         """Figures, table, points (step = place of the child), the choice and the report; returns the folder."""
         folder = report_folder(self.key, f"sweep-{self.config.name}")
-        self._draw(result, folder)
-        result["report_artifact"] = publish_sweep_report(self.bench.store, result, folder).model_dump()
-        write_json(result, folder / "result.json")
+        with written_whole(folder) as drafts:
+            self._draw(result, drafts)
+            result["report_artifact"] = publish_sweep_report(self.bench.store, result, drafts).model_dump()
+            write_json(result, drafts / "result.json")
         self.tracker.log_points(self.run_id, _points(result))
         failed = ", ".join(item["name"] for item in result["failed"])
         chosen = json.dumps(result["chosen"] and result["chosen"]["limit"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,20 @@ def report_folder(key: str, name: str) -> Path:
     folder = cdpo_home() / "reports" / f"{slug or 'report'}-{key[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """An empty folder whose files move into `folder` when the block ends without error, each at once.
+
+    Two attempts at one run write the same report; neither may read what the other has half written.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as drafts:
+        yield Path(drafts)
+        for file in sorted(path for path in Path(drafts).rglob("*") if path.is_file()):
+            target = folder / file.relative_to(drafts)
+            target.parent.mkdir(exist_ok=True)
+            file.replace(target)
 
 
 def write_json(record: Mapping[str, Any], path: Path) -> None:

@@ -24,7 +24,7 @@ def train_policy(
     previous: ArtifactRef | None = None,
     reward_weight: float = 1.0,
 ) -> ArtifactRef:
-    """DPO on preferences re-decided at lambda, from the reference or from the previous round's policy."""
+    """DPO on preferences re-decided at lambda, from the reference or, in fewer steps, from a trained policy."""
     responses, scores = scored.responses, scored.scores
     if bench.config.dpo.pairs == "dataset":
         responses, scores = dataset_pairs(bench, prepared, scored)
@@ -37,9 +37,15 @@ def train_policy(
     }
     if previous is not None:
         inputs["previous"] = previous
+        bench = bench.with_setting("dpo", steps=warm_steps(bench))
     label = "policy at λ = " + ", ".join(f"{value:g}" for value in lambda_)
     weight = {} if reward_weight == 1 else {"reward_weight": reward_weight}
     return bench.run(pipeline.ROUND, inputs, label, lambda_=list(lambda_), names=bench.names, **weight)
+
+
+def warm_steps(bench: Workbench) -> int:
+    """Optimizer steps of a round that starts from a trained policy."""
+    return max(1, round(bench.config.dpo.steps * bench.config.dual.warm_steps))
 
 
 def dataset_pairs(bench: Workbench, prepared: Prepared, scored: Scored) -> tuple[ArtifactRef, ArtifactRef]:

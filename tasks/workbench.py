@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 from prefect import task
@@ -95,6 +95,11 @@ class Workbench:
         note_use(result.ref, label, inputs.values(), make)
         self.results.append(Done(label, result.cached, result.seconds, result.created, result.ref))
         return result.ref
+
+    def with_setting(self, section: str, **values: Any) -> Self:
+        """The same workbench, its list of results too, with other values in one section of the config."""
+        changed = getattr(self.config, section).model_copy(update=values)
+        return replace(self, config=self.config.model_copy(update={section: changed}))
 
     def runtime(self, label: str) -> Runtime:
         """The machine as configured; progress is reported under the label."""

@@ -56,7 +56,7 @@ def run_page(up: Up, web: BrowserContext) -> Page:
     limit.fill(f"{LIMIT:g}")
     picture(page, "prefect_form")
     # From λ = 0, as in the paper, it takes more than one round.
-    _choose(page, "Start (Optional)", "offline", "zero")
+    _choose(page, "Start (Optional)", "corrected", "zero")
     # The page links the run in a message that is gone after seconds.
     page.goto(f"{_ui(up)}/v2/runs/flow-run/{_submitted(page)}")
     expect(page.get_by_text(ENDED).first).to_be_visible(timeout=1_800_000)

@@ -8,7 +8,7 @@ import pytest
 from scipy.optimize import brentq, minimize
 from scipy.special import softmax
 
-from cdpo_core.dual.offline import OfflineDual
+from cdpo_core.dual.offline import WEAKEST, OfflineDual
 from cdpo_core.dual.quadratic import box_newton_step
 from cdpo_core.randomness import numpy_stream
 
@@ -172,6 +172,21 @@ def test_box_newton_step_is_the_constrained_minimiser() -> None:
     np.testing.assert_allclose(bound, [2.0, 0.0], atol=1e-4)
     flat = box_newton_step(np.array([-1.0]), np.zeros((1, 1)), np.array([-1.0]), np.array([3.0]))
     assert flat.tolist() == [3.0]
+
+
+@pytest.mark.parametrize("times", [1.0, 1.2, 1.4])
+def test_the_effective_beta_is_the_one_that_a_trained_policy_shows(times: float) -> None:
+    toy = Toy()
+    dual = toy.all_samples()
+    policy = softmax(np.log(toy.counts) + toy.reward / (times * BETA), axis=1)
+    gain = ((policy - toy.counts / 16) * toy.reward).sum(axis=1).mean()
+    assert dual.effective_beta(gain) == pytest.approx(times * BETA, rel=1e-3)
+
+
+def test_the_effective_beta_stays_within_its_bounds() -> None:
+    dual = Toy().all_samples()
+    assert dual.effective_beta(99.0) == BETA, "a policy that gained more than the optimum is luck"
+    assert dual.effective_beta(0.0) == dual.effective_beta(-99.0) == WEAKEST * BETA
 
 
 def test_the_price_of_limits_falls_with_them_and_marks_what_is_out_of_reach() -> None:

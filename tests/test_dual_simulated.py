@@ -63,6 +63,7 @@ class World:
         self.reward = within @ conflict + self.random.normal(0, 1, (PROMPTS, RESPONSES))
         self.log_ref = np.log(self.random.dirichlet(np.full(RESPONSES, 2.0), size=PROMPTS))
         self.share = share
+        self.drawn = np.stack([self.random.choice(RESPONSES, SAMPLES, p=p / p.sum()) for p in np.exp(self.log_ref)])
         # The same selection prompts serve every round, so that most of a round's error is all rounds' error.
         self.common = 0.8 * HALF_WIDTH / 2 * self.random.normal(size=m)
 
@@ -93,10 +94,15 @@ class World:
         above = np.array([SLACK.get(kind, 0.0) for kind in kinds])
         return np.where(limits > 9, found.costs + above + MARGIN, limits)
 
-    def offline(self) -> OfflineDual:
-        drawn = np.stack([self.random.choice(RESPONSES, SAMPLES, p=p / p.sum()) for p in np.exp(self.log_ref)])
+    def offline(self, beta: float = BETA) -> OfflineDual:
         rows = np.arange(PROMPTS)[:, None]
-        return OfflineDual(self.reward[rows, drawn], self.costs[rows, drawn], BETA)
+        return OfflineDual(self.reward[rows, self.drawn], self.costs[rows, self.drawn], beta)
+
+    def corrected(self) -> OfflineDual:
+        """At the β that the policy trained at λ = 0 shows."""
+        zero = np.exp(tilted(self.log_ref, self.share * self.reward, self.costs, np.zeros(self.costs.shape[2]), BETA))
+        gain = ((zero - np.exp(self.log_ref)) * self.reward).sum(axis=1).mean()
+        return self.offline(self.offline().effective_beta(gain + 0.02 * self.random.normal()))
 
 
 @cache
@@ -107,6 +113,7 @@ def play(seed: int, kinds: tuple[str, ...], share: float, start: str = "offline"
     how = DualSettings("newton", 0.5, ROUNDS, 20.0, tuple(target.tolist()), tuple(limits.tolist()))
     first = {
         "offline": lambda: world.offline().solve(target, 20.0),
+        "corrected": lambda: world.corrected().solve(target, 20.0),
         "zero": lambda: np.zeros(len(kinds)),
         "far": lambda: np.minimum(20.0, 5 * world.optimum(target).lambda_),
     }[start]()
@@ -143,6 +150,17 @@ def test_every_limit_is_met_in_few_rounds(kinds: tuple[str, ...], share: float) 
     assert max(item.rounds for item in played) <= ROUNDS
     assert max(item.flips for item in played) <= 2
     assert all((item.lambdas[-1][item.slack] == 0).all() for item in played), "a slack limit has its λ at 0"
+
+
+@pytest.mark.parametrize("kinds", CASES)
+def test_policies_that_stay_behind_need_one_round_once_it_is_known_how_far(kinds: tuple[str, ...]) -> None:
+    played = [play(seed, kinds, 0.8, "corrected") for seed in SEEDS]
+    uncorrected = [play(seed, kinds, 0.8) for seed in SEEDS]
+    assert sum(item.rounds for item in played) <= sum(item.rounds for item in uncorrected)
+    assert np.median([item.rounds for item in played]) <= 2
+    assert np.mean([item.status == "met" for item in played]) >= 0.9
+    assert max(item.excess.max() for item in played) <= 0
+    assert max(item.flips for item in played) <= 2
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from flows.command_line import write_json
 from flows.plan import PlanBench
 from tasks.evaluation import spend
 from tasks.external import external_model
-from tasks.report import report_folder
+from tasks.report import report_folder, written_whole
 from tasks.tracking import experiment_key
 from tasks.workbench import Workbench
 
@@ -75,6 +75,31 @@ def test_a_report_stays_in_its_folder_whatever_the_name(
     assert folder.is_dir()
     assert folder.resolve().parent == (tmp_path / "reports").resolve()
     assert folder != report_folder("9876543210", name)
+
+
+def _half_written(path: Path) -> None:
+    path.write_bytes(b"wh")
+    raise OSError("the disk is full")
+
+
+def test_of_a_report_nothing_half_written_is_seen(tmp_path: Path) -> None:
+    """Two attempts at one run write it at once: what the second has begun, the first neither reads nor loses."""
+    folder = tmp_path / "reports" / "tiny-01234567"
+    folder.mkdir(parents=True)
+    with written_whole(folder) as first, written_whole(folder) as second:
+        (first / "children").mkdir()
+        for drafts in (first, second):
+            (drafts / "figure.png").write_bytes(b"whole")
+        (first / "children" / "01.html").write_text("child")
+        (second / "figure.png").write_bytes(b"wh")
+        assert (first / "figure.png").read_bytes() == b"whole"
+        assert list(folder.iterdir()) == []
+        (second / "figure.png").write_bytes(b"whole")
+    with pytest.raises(OSError, match="disk is full"), written_whole(folder) as drafts:
+        _half_written(drafts / "figure.png")
+    assert (folder / "figure.png").read_bytes() == b"whole"
+    assert (folder / "children" / "01.html").read_text() == "child"
+    assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
 
 
 def test_results_are_written_whole_and_as_strict_json(tmp_path: Path) -> None:

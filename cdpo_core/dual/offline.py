@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.optimize import brentq
 from scipy.special import logsumexp, softmax
 
 from cdpo_core.dual.quadratic import box_newton_step
@@ -23,6 +24,8 @@ ITERATIONS = 200
 TOLERANCE = 1e-10
 # A prompt on which one sample has all the weight cannot be told without it.
 LARGEST_WEIGHT = 1 - 1e-9
+# A policy that gained less than the optimum at this many times β was hardly trained: it says nothing of others.
+WEAKEST = 1.5
 # A limit counts as met when the predicted cost is this close to it (cost units).
 REACHED = 1e-3
 
@@ -139,6 +142,30 @@ class OfflineDual:
                 break
             lambda_ = np.clip(lambda_ + size * step, 0.0, lambda_max)
         return lambda_
+
+    def effective_beta(self, reward_gain: float) -> float:
+        """The β at which the optimum at λ = 0 gains what a policy trained there gained in reward.
+
+        Training stops short of π_λ, at every λ about as if the pull to the reference were stronger. At this β the
+        samples predict what a trained policy's costs will be, where at β itself they promise too much.
+
+        Args:
+            reward_gain: E[r] of the trained policy less that of the reference, reward units.
+
+        Returns:
+            between β (it gained as much as π_0, or more) and WEAKEST · β.
+        """
+        reference, zero = float(self.reward.mean()), np.zeros(self.costs.shape[2])
+
+        def missing(beta: float) -> float:
+            optimum = OfflineDual(self.reward, self.costs, beta, jackknife=self.jackknife).expected(zero)
+            return optimum.reward - reference - reward_gain
+
+        if missing(self.beta) <= 0:
+            return self.beta
+        if missing(WEAKEST * self.beta) >= 0:
+            return WEAKEST * self.beta
+        return float(brentq(missing, self.beta, WEAKEST * self.beta, xtol=1e-4 * self.beta))
 
     def curve(self, grid: np.ndarray) -> list[OfflinePoint]:
         """The predicted figures along a path of multipliers. Args: grid [G, m] >= 0."""
