@@ -17,13 +17,10 @@ from tasks.dual import plan_dual
 from tasks.workbench import Done, Workbench, open_workbench
 
 PLANNED = "planned"
+UNCONSTRAINED_STAGE, FIRST_STAGE = "policy at λ = 0", "policy at the first λ"
 # What follows the first stage that is not there yet, when its λ cannot be known before it is computed.
-ROUND_STAGES = (
-    "policy at the first λ",
-    "its responses and scores on the selection prompts",
-    "further rounds if needed",
-)
-FINAL_STAGES = ("certificate", "policy at λ = 0", "test of the reference, of DPO and of the policy")
+ROUND_STAGES = (FIRST_STAGE, "responses and scores on the selection prompts", "further rounds if needed")
+FINAL_STAGES = ("certificate", "test of the reference, of DPO and of the policy")
 
 
 class _NotComputed(Exception):
@@ -85,10 +82,12 @@ def plan_experiment(config: ExperimentConfig) -> dict[str, Any]:
 
 def _what_follows(bench: PlanBench) -> tuple[str, ...]:
     """The parts of the DAG that the walk did not reach."""
-    labels = {done.label for done in bench.results}
+    trained = {done.label for done in bench.results if done.label.startswith("policy at")}
     judged = bench.config.on_testbed and bench.config.evaluation.judge == "auto"
-    final = (*FINAL_STAGES, "exact policy", "exact judge") if judged else FINAL_STAGES
-    return final if any(label.startswith("policy at") for label in labels) else (*ROUND_STAGES, *final)
+    rest = (*FINAL_STAGES, "exact policy", "exact judge") if judged else FINAL_STAGES
+    if not trained - {UNCONSTRAINED_STAGE}:
+        rest = (*ROUND_STAGES, *rest)
+    return rest if UNCONSTRAINED_STAGE in trained else (UNCONSTRAINED_STAGE, *rest)
 
 
 def _seconds_by_stage(bench: PlanBench) -> dict[str, float]:
@@ -98,8 +97,8 @@ def _seconds_by_stage(bench: PlanBench) -> dict[str, float]:
     kinds |= {
         "exact policy": "policy-enumeration",
         "exact judge": "judgement",
-        ROUND_STAGES[0]: "round",
-        "policy at λ = 0": "round",
+        FIRST_STAGE: "round",
+        UNCONSTRAINED_STAGE: "round",
     }
     kinds |= {label: "scorers" for label in (done.label for done in bench.results) if label.endswith(" model")}
     kinds |= {done.label: "responses" for done in bench.results if done.label.endswith("responses")}

@@ -76,7 +76,10 @@ def plan_dual(bench: Workbench, prepared: Prepared, scored: Scored) -> OfflinePl
 def corrected_plan(
     bench: Workbench, prepared: Prepared, scored: Scored, plan: OfflinePlan, unconstrained: Measured
 ) -> OfflinePlan:
-    """The plan with the first lambda that trained policies need, told from how far the one at lambda 0 came.
+    """The plan with the first lambda that trained policies need, told from the one trained at lambda 0.
+
+    Its reward says at which beta the samples predict trained policies. The costs that it has beyond that prediction, on
+    prompts that no round trained on, the others are expected to have too.
 
     Args:
         bench: of the experiment.
@@ -87,11 +90,16 @@ def corrected_plan(
     """
     pool = measured_from(bench, prepared.pool_responses, scored.pool_scores)
     here, reference = (item.table.groupby("prompt_id")["reward"].mean() for item in (unconstrained, pool))
-    dual = plan.dual
-    beta = dual.effective_beta(float((here - reference.loc[here.index]).mean()))
-    slower = OfflineDual(dual.reward, dual.costs, beta, jackknife=dual.jackknife)
-    first = slower.solve(np.asarray(plan.settings.target), plan.settings.lambda_max)
-    log.info("the policy at λ = 0 gained what the samples promise at β = %.3g: first λ from there", beta)
+    zeros = (0.0,) * len(bench.names)
+    beta = plan.dual.effective_beta(float((here - reference.loc[here.index]).mean()))
+    dual = OfflineDual(plan.dual.reward, plan.dual.costs, beta)
+    measured = np.asarray(dual_round(bench, prepared, scored, unconstrained, zeros).cost)
+    beyond = measured - dual.expected(np.asarray(zeros)).costs
+    first = dual.solve(np.asarray(plan.settings.target) - beyond, plan.settings.lambda_max)
+    said = ", ".join(f"{value:+.3f}" for value in beyond)
+    log.info(
+        "the policy at λ = 0 is as the samples promise at β = %.3g, but for costs of %s: first λ from there", beta, said
+    )
     return replace(plan, first_lambda=tuple(first.tolist()))
 
 

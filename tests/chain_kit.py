@@ -55,8 +55,9 @@ def new_home(folder: Path, mlflow_database: Path) -> Path:
 
 
 def words(*arguments: str) -> list[str]:
-    """The command line of a run of the tiny configuration."""
-    fields = [word for path, value in OVERRIDES.items() for word in (f"--{path}", value)]
+    """The command line of a run of the tiny configuration; the arguments may set what it overrides."""
+    names = {path: f"--{path}" for path in OVERRIDES}
+    fields = [word for path, name in names.items() if name not in arguments for word in (name, OVERRIDES[path])]
     return [CONFIG, *fields, *arguments]
 
 

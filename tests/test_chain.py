@@ -102,6 +102,32 @@ def test_limit_below_the_exact_floor_is_infeasible_at_once(finished: Finished, o
     assert f"{result['reachable']['floor']:.3f}" in result["verdict"]
 
 
+def test_first_lambda_is_told_by_how_far_the_policy_at_zero_came(finished: Finished, again: Again) -> None:
+    """Sixty steps do not reach what the samples promise, so the multiplier that keeps the limit is larger."""
+    starts = {
+        start: run_here(finished.home, "--dual.start", start, "--dual.rounds", "1")[1]
+        for start in ("offline", "corrected")
+    }
+    (offline,), (corrected,) = (trajectory(starts[start]) for start in ("offline", "corrected"))
+    assert 0 < offline < corrected
+    for result in starts.values():
+        assert "policy at λ = 0" not in computed(result), "every run has it, and its rounds start from it"
+
+
+def test_plan_names_what_a_run_would_compute(finished: Finished, again: Again) -> None:
+    def planned(*arguments: str) -> dict[str, bool]:
+        code, plan = run_here(finished.home, *arguments, command="plan")
+        assert code == 0
+        return {stage["name"]: stage["cached"] for stage in plan["stages"]}
+
+    assert all(planned().values())
+    assert set(planned()) == {stage["name"] for stage in finished.result["stages"]}
+    again = planned("--dpo.steps", "61")
+    left = [name for name, cached in again.items() if not cached]
+    assert left[0] == "policy at λ = 0"
+    assert left.index("policy at the first λ") < left.index("certificate")
+
+
 def test_limit_that_does_not_bind_ends_at_lambda_zero(swept: tuple[Path, int, dict[str, Any]]) -> None:
     slack = swept[2]["children"][-1]
     assert slack["limit"] == HIGHEST
