@@ -149,7 +149,8 @@ class DualConfig(Section):
     rounds: int = Field(4, ge=1, le=100, description="Most rounds of training.", json_schema_extra={"position": 3})
     lambda_max: float = Field(20.0, gt=0, description="Largest lambda tried before a limit is called infeasible (units of reward per unit of cost).", json_schema_extra={"position": 4})
     warm_start: Literal["unconstrained", "previous", "none"] = Field("unconstrained", description="A round starts from the policy trained at lambda 0 (`unconstrained`), from the round before (`previous`), or from the reference (`none`).", json_schema_extra={"position": 5})
-    warm_steps: float = Field(0.6, gt=0, le=1, description="Share of dpo.steps that a round takes which does not start from the reference.", json_schema_extra={"position": 6})
+    warm_steps: float = Field(0.7, gt=0, le=1, description="Share of dpo.steps that a round takes which does not start from the reference.", json_schema_extra={"position": 6})
+    warm_anchor: float = Field(0.3, ge=0, le=1, description="Share of dpo.anchor in such a round; the mass that the anchor holds, it has from where it starts.", json_schema_extra={"position": 7})
 
 
 class SamplingConfig(Section):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from cdpo_core import pipeline
 from cdpo_core.artifacts import ArtifactRef
+from cdpo_core.config import ExperimentConfig
 from cdpo_core.dual.certificate import cost_strata
 from cdpo_core.evaluation.measure import Measured, join_scores
 from tasks.data import sample_split
@@ -37,15 +39,16 @@ def train_policy(
     }
     if previous is not None:
         inputs["previous"] = previous
-        bench = bench.with_setting("dpo", steps=warm_steps(bench))
+        bench = bench.with_setting("dpo", **warm_settings(bench.config))
     label = "policy at λ = " + ", ".join(f"{value:g}" for value in lambda_)
     weight = {} if reward_weight == 1 else {"reward_weight": reward_weight}
     return bench.run(pipeline.ROUND, inputs, label, lambda_=list(lambda_), names=bench.names, **weight)
 
 
-def warm_steps(bench: Workbench) -> int:
-    """Optimizer steps of a round that starts from a trained policy."""
-    return max(1, round(bench.config.dpo.steps * bench.config.dual.warm_steps))
+def warm_settings(config: ExperimentConfig) -> dict[str, Any]:
+    """What a round that starts from a trained policy has otherwise: fewer steps, a smaller anchor."""
+    dpo, dual = config.dpo, config.dual
+    return {"steps": max(1, round(dpo.steps * dual.warm_steps)), "anchor": dpo.anchor * dual.warm_anchor}
 
 
 def dataset_pairs(bench: Workbench, prepared: Prepared, scored: Scored) -> tuple[ArtifactRef, ArtifactRef]:
