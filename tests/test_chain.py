@@ -6,7 +6,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from chain_kit import Finished, computed, digests, mlflow_runs, new_home, numbers, run_here, stage_counts, trajectory
+from chain_kit import (
+    Finished,
+    computed,
+    config,
+    digests,
+    mlflow_runs,
+    new_home,
+    numbers,
+    run_here,
+    stage_counts,
+    trajectory,
+)
 
 from tasks.storage import open_store
 
@@ -112,6 +123,18 @@ def test_first_lambda_is_told_by_how_far_the_policy_at_zero_came(finished: Finis
     assert 0 < offline < corrected
     for result in starts.values():
         assert "policy at λ = 0" not in computed(result), "every run has it, and its rounds start from it"
+
+
+def test_rounds_start_from_the_policy_at_zero(finished: Finished) -> None:
+    rounds = [item for item in open_store(str(finished.home / "store")).manifests() if item.stage == "round"]
+    (zero,) = (item for item in rounds if item.slice["lambda_"] == [0.0])
+    others = [item for item in rounds if item is not zero]
+    assert "previous" not in zero.inputs
+    assert {item.inputs["previous"] for item in others} == {zero.digest}
+    given, full = config(), zero.slice["dpo"]
+    for item in others:
+        changed = {"steps": round(full["steps"] * given.dual.warm_steps), "anchor": full["anchor"] * 0.3}
+        assert item.slice["dpo"] == {**full, **changed}
 
 
 def test_plan_names_what_a_run_would_compute(finished: Finished, again: Again) -> None:

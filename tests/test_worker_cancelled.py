@@ -56,16 +56,19 @@ def test_a_run_without_its_worker_ends_itself_when_cancelled(team: Team, home: P
     assert _mlflow_status(home) == "KILLED"
 
 
-def test_a_worker_that_is_stopped_takes_its_run_along(team: Team, home: Path) -> None:
-    """Nothing is said of the run then: it ends as one that was killed together with its worker."""
+def test_the_run_of_a_stopped_worker_does_not_seem_to_run_for_ever(team: Team, home: Path, finished: Finished) -> None:
+    """Prefect's worker mostly ends its run; now and then (once in three here) it only ends itself, and the run goes on."""
     worker = team.worker("stopped")
     run_id = team.start(home, "stopped")
     until(training(home, "sft", "data"), lambda: str(team.run(run_id).state), every=0.01)
     worker._process.terminate()
     until(lambda: not processes_of(run_id))
     until(lambda: all(run.state.is_final() for run in team.family(run_id)), lambda: str(team.run(run_id).state))
-    assert team.state(run_id) == "Crashed"
-    assert any(home.glob("scratch/*/checkpoint.safetensors"))
+    if team.run(run_id).state.is_completed():
+        _is_as_never_stopped(home, finished)
+    else:
+        assert team.state(run_id) == "Crashed"
+        assert any(home.glob("scratch/*/checkpoint.safetensors"))
 
 
 def test_a_dead_run_that_is_cancelled_does_not_stay_cancelling(team: Team, home: Path) -> None:
