@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 	touch $(STAMP)
 
-demo: $(STAMP)  ## From nothing to a certified policy on the testbed (under 4 minutes on 2 cores)
+demo: $(STAMP)  ## From nothing to a certified policy on the testbed (about 4 minutes on 2 cores)
 	$(BIN)/cdpo run testbed
 
 servers:  ## Install the servers that tests talk to (Debian: PostgreSQL, Ceph's S3 gateway, Chromium)
