@@ -91,14 +91,15 @@ def corrected_plan(
     pool = measured_from(bench, prepared.pool_responses, scored.pool_scores)
     here, reference = (item.table.groupby("prompt_id")["reward"].mean() for item in (unconstrained, pool))
     zeros = (0.0,) * len(bench.names)
-    beta = plan.dual.effective_beta(float((here - reference.loc[here.index]).mean()))
-    dual = OfflineDual(plan.dual.reward, plan.dual.costs, beta)
+    dual = plan.dual.at_beta(plan.dual.effective_beta(float((here - reference.loc[here.index]).mean())))
     measured = np.asarray(dual_round(bench, prepared, scored, unconstrained, zeros).cost)
     beyond = measured - dual.expected(np.asarray(zeros)).costs
     first = dual.solve(np.asarray(plan.settings.target) - beyond, plan.settings.lambda_max)
     said = ", ".join(f"{value:+.3f}" for value in beyond)
     log.info(
-        "the policy at λ = 0 is as the samples promise at β = %.3g, but for costs of %s: first λ from there", beta, said
+        "the policy at λ = 0 is as the samples promise at β = %.3g, but for costs of %s: first λ from there",
+        dual.beta,
+        said,
     )
     return replace(plan, first_lambda=tuple(first.tolist()))
 

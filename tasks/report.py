@@ -50,10 +50,8 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
 
 def write_json(record: Mapping[str, Any], path: Path) -> None:
-    """Write a record atomically: the file is whole or not there."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Write a record into a folder that nobody else reads yet (`written_whole`)."""
+    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def draw_figures(

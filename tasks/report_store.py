@@ -70,12 +70,10 @@ def report_key(*parts: object) -> str:
 
 
 def copy_report(store: Store, ref: ArtifactRef, folder: Path) -> Path:
-    """The report's files of the store, in `folder`; returns the path of `report.html` there."""
+    """The report's files of the store, in a folder that nobody else reads yet; returns where `report.html` is."""
     source = resolve(ref, store)
     for file in sorted(path for path in source.rglob("*") if path.is_file()):
         target = folder / file.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.partial")
-        partial.write_bytes(file.read_bytes())
-        partial.replace(target)
+        target.write_bytes(file.read_bytes())
     return folder / FILE

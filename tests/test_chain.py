@@ -133,7 +133,10 @@ def test_rounds_start_from_the_policy_at_zero(finished: Finished) -> None:
     assert {item.inputs["previous"] for item in others} == {zero.digest}
     given, full = config(), zero.slice["dpo"]
     for item in others:
-        changed = {"steps": round(full["steps"] * given.dual.warm_steps), "anchor": full["anchor"] * 0.3}
+        changed = {
+            "steps": round(full["steps"] * given.dual.warm_steps),
+            "anchor": full["anchor"] * given.dual.warm_anchor,
+        }
         assert item.slice["dpo"] == {**full, **changed}
 
 
@@ -145,8 +148,7 @@ def test_plan_names_what_a_run_would_compute(finished: Finished, again: Again) -
 
     assert all(planned().values())
     assert set(planned()) == {stage["name"] for stage in finished.result["stages"]}
-    again = planned("--dpo.steps", "61")
-    left = [name for name, cached in again.items() if not cached]
+    left = [name for name, cached in planned("--dpo.steps", "61").items() if not cached]
     assert left[0] == "policy at λ = 0"
     assert left.index("policy at the first λ") < left.index("certificate")
 

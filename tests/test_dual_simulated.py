@@ -63,7 +63,6 @@ class World:
         self.reward = within @ conflict + self.random.normal(0, 1, (PROMPTS, RESPONSES))
         self.log_ref = np.log(self.random.dirichlet(np.full(RESPONSES, 2.0), size=PROMPTS))
         self.share = share
-        self.drawn = np.stack([self.random.choice(RESPONSES, SAMPLES, p=p / p.sum()) for p in np.exp(self.log_ref)])
         # The same selection prompts serve every round, so that most of a round's error is all rounds' error.
         self.common = 0.8 * HALF_WIDTH / 2 * self.random.normal(size=m)
 
@@ -94,15 +93,17 @@ class World:
         above = np.array([SLACK.get(kind, 0.0) for kind in kinds])
         return np.where(limits > 9, found.costs + above + MARGIN, limits)
 
-    def offline(self, beta: float = BETA) -> OfflineDual:
+    def offline(self) -> OfflineDual:
+        drawn = np.stack([self.random.choice(RESPONSES, SAMPLES, p=p / p.sum()) for p in np.exp(self.log_ref)])
         rows = np.arange(PROMPTS)[:, None]
-        return OfflineDual(self.reward[rows, self.drawn], self.costs[rows, self.drawn], beta)
+        return OfflineDual(self.reward[rows, drawn], self.costs[rows, drawn], BETA)
 
     def corrected(self) -> OfflineDual:
         """At the β that the policy trained at λ = 0 shows."""
         zero = np.exp(tilted(self.log_ref, self.share * self.reward, self.costs, np.zeros(self.costs.shape[2]), BETA))
         gain = ((zero - np.exp(self.log_ref)) * self.reward).sum(axis=1).mean()
-        return self.offline(self.offline().effective_beta(gain + 0.02 * self.random.normal()))
+        dual = self.offline()
+        return dual.at_beta(dual.effective_beta(gain + 0.02 * self.random.normal()))
 
 
 @cache

@@ -57,7 +57,7 @@ def test_a_run_without_its_worker_ends_itself_when_cancelled(team: Team, home: P
 
 
 def test_the_run_of_a_stopped_worker_does_not_seem_to_run_for_ever(team: Team, home: Path, finished: Finished) -> None:
-    """Prefect's worker mostly ends its run; now and then it only ends itself, and the run goes on to its end."""
+    """Prefect's worker mostly ends its run; now and then it lets the run go on to its end."""
     worker = team.worker("stopped")
     run_id = team.start(home, "stopped")
     until(training(home, "sft", "data"), lambda: str(team.run(run_id).state), every=0.01)

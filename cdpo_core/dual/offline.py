@@ -143,6 +143,10 @@ class OfflineDual:
             lambda_ = np.clip(lambda_ + size * step, 0.0, lambda_max)
         return lambda_
 
+    def at_beta(self, beta: float) -> OfflineDual:
+        """The same samples with another pull to the reference. Args: beta > 0."""
+        return OfflineDual(self.reward, self.costs, beta, jackknife=self.jackknife)
+
     def effective_beta(self, reward_gain: float) -> float:
         """The β at which the optimum at λ = 0 gains what a policy trained there gained in reward.
 
@@ -158,8 +162,7 @@ class OfflineDual:
         reference, zero = float(self.reward.mean()), np.zeros(self.costs.shape[2])
 
         def missing(beta: float) -> float:
-            optimum = OfflineDual(self.reward, self.costs, beta, jackknife=self.jackknife).expected(zero)
-            return optimum.reward - reference - reward_gain
+            return self.at_beta(beta).expected(zero).reward - reference - reward_gain
 
         if missing(self.beta) <= 0:
             return self.beta
