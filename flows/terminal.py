@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 PLAIN_SECONDS = 10.0
+# Drawing shares the cores with the training: at rich's ten times a second it takes 5 % of the demo.
+DRAWN_PER_SECOND = 4.0
 MOST_ERROR_LINES = 12
 MOST_LINE_CHARACTERS = 300
 # What sqlite and libraries in Rust say of a full disk.
@@ -118,6 +120,7 @@ class Bars:
             TimeElapsedColumn(),
             console=console,
             transient=True,
+            refresh_per_second=DRAWN_PER_SECOND,
         )
         self._bars.start()
         self._bar: TaskID | None = None
