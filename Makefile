@@ -31,7 +31,7 @@ test: $(STAMP)  ## Every test but the next (at most 12 minutes on 2 cores, two a
 	$(BIN)/python -m pytest -m "not faults" -n 2 --dist loadfile
 
 test-faults: $(STAMP)  ## Kills, outages, sweeps on several workers (tens of minutes on 2 cores)
-	$(BIN)/python -m pytest -m faults
+	$(BIN)/python -m pytest -m faults -n 2 --dist loadfile
 
 check: $(STAMP) lint  ## The fast loop: lint, types, tests without whole runs and servers
 	$(BIN)/python -m pytest -m "not slow"
