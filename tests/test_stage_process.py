@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,15 @@ def test_a_death_without_a_word_is_an_error_with_the_last_output(how: str, words
     assert "micro_batch" in caught.value.fix
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """A shell's background job, and so the tests in one, starts with interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_whatever_interrupts_the_parent_ends_the_whole_group(tmp_path: Path) -> None:
     def interrupt() -> None:
         _pids(tmp_path)
