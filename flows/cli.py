@@ -78,10 +78,11 @@ def run(
     with showing_progress() as progress:
         progress("checks", 0, 1)
         log_file = begin("run")
-        from flows.experiment import run_experiment
         from flows.preflight import check_before_run
 
         check_before_run(experiment, serve=True)
+        from flows.experiment import run_experiment
+
         progress("checks", 1, 1)
         result = run_experiment(experiment, progress=progress)
     if json is not None:

@@ -53,6 +53,8 @@ def check_before_run(config: ExperimentConfig, *, serve: bool = False) -> None:
     check_source(config)
     if serve:
         start_prefect_server(cdpo_home() / "logs")
+        # What the flows import takes a second that would otherwise come before the server's start.
+        import flows.experiment  # noqa: F401
     store = store_of(config)
     when_there(store.uri, store.probe)
     if not is_own():
