@@ -90,7 +90,7 @@ def _stack(ground: Ground, home: Path) -> Any:
 
 
 def _seen(up: Up, flow_run: str) -> dict[str, Any]:
-    """What both UIs have of the run: its state, its metrics and parameters, and its files."""
+    """What both UIs have of the run: its state, its metrics, its files and its samples."""
     state = up.api("GET", f"/flow_runs/{flow_run}")["state"]
     (tracked,) = up.mlflow_runs()
     run_id, headers = tracked["info"]["run_id"], mlflow_authorization(LOGIN)
