@@ -18,6 +18,7 @@ COPY deployments deployments
 COPY configs configs
 RUN python -m pip install --quiet --constraint constraints.txt .
 RUN python -m compileall -q -j 0 /usr/local/lib/python3.11/site-packages >/dev/null 2>&1 || true
+RUN python -m flows.prefect_database
 # Runs need no rights; what counts is in the store, and /cdpo holds scratch, caches and logs.
 RUN useradd --uid 10001 --create-home cdpo && install -d -o cdpo /cdpo && rm -rf /app/*
 USER cdpo

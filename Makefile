@@ -13,12 +13,13 @@ help:  ## Show this menu
 env: $(STAMP)  ## Make the environment in .venv (python3 and a package index are all it needs)
 
 # Installing with an up-to-date pip and exact pins takes seconds where the stock pip takes minutes; compiling
-# now saves every later start its compilation.
+# now saves every later start its compilation, and Prefect's empty database every new folder its migrations.
 $(STAMP): pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=26"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
+	$(BIN)/python -m flows.prefect_database
 	touch $(STAMP)
 
 demo: $(STAMP)  ## From nothing to a certified policy on the testbed (about 4 minutes on 2 cores)

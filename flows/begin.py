@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 from pathlib import Path
 
 from flows.terminal import log_to_file
@@ -19,5 +21,7 @@ def begin(command: str) -> Path:
     """
     from flows.up import join_running
 
+    # Looking for garbage among all that was imported takes the interpreter two seconds at its end.
+    atexit.register(gc.freeze)
     join_running()
     return log_to_file(cdpo_home() / "logs", command)

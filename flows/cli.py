@@ -158,12 +158,13 @@ def sweep(
     with showing_progress() as progress:
         progress("checks", 0, 1)
         begin("sweep")
-        from flows.closing_report import print_sweep
         from flows.preflight import check_before_run
-        from flows.sweep import ChildrenFailed, run_sweep
 
         for item in varied:
             check_before_run(item.config, serve=True)
+        from flows.closing_report import print_sweep
+        from flows.sweep import ChildrenFailed, run_sweep
+
         progress("checks", 1, 1)
         failure = None
         try:
@@ -206,11 +207,12 @@ def compare(
     with showing_progress() as progress:
         progress("checks", 0, 1)
         begin("compare")
-        from flows.closing_report import print_comparison
-        from flows.compare import run_compare
         from flows.preflight import check_before_run
 
         check_before_run(experiment, serve=True)
+        from flows.closing_report import print_comparison
+        from flows.compare import run_compare
+
         progress("checks", 1, 1)
         result = run_compare(experiment, entries(limits, "--limits"), numbers, chosen, progress=progress)
     if json is not None:

@@ -15,12 +15,15 @@ import sys
 import threading
 import time
 
+from flows.prefect_database import place_empty_database
+
 COMMAND = [sys.executable, "-m", "flows.prefect_server"]
 YOUNG_SECONDS, ALL_SECONDS = 1.0, 60.0
 
 
 def main() -> None:
-    """Run the module that is named first, with the arguments behind it."""
+    """Run the module that is named first, with the arguments behind it, on a database that needs no making."""
+    place_empty_database()
     collect_garbage_beside()
     sys.argv = sys.argv[1:]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
