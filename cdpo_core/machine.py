@@ -17,6 +17,8 @@ def use_machine(runtime: Runtime) -> Runtime:
 
     Equal seeds give equal bytes for the same device and thread count.
     """
+    # cuBLAS reads it when CUDA starts; without, it may add in another order each time.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(runtime.threads or os.cpu_count() or 1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Deterministic mode also fills new memory, which nothing here reads before it writes.

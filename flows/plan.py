@@ -14,6 +14,7 @@ from flows.preference_models import preference_models
 from flows.preflight import check_before_run
 from flows.prepare import prepare
 from tasks.dual import plan_dual
+from tasks.evaluation import has_judge
 from tasks.workbench import Done, Workbench, open_workbench
 
 PLANNED = "planned"
@@ -21,6 +22,8 @@ UNCONSTRAINED_STAGE, FIRST_STAGE = "policy at λ = 0", "policy at the first λ"
 # What follows the first stage that is not there yet, when its λ cannot be known before it is computed.
 ROUND_STAGES = (FIRST_STAGE, "responses and scores on the selection prompts", "further rounds if needed")
 FINAL_STAGES = ("certificate", "test of the reference, of DPO and of the policy")
+
+JUDGE_STAGES = ("exact reference", "exact policy", "exact judge")
 
 
 class _NotComputed(Exception):
@@ -41,6 +44,9 @@ class PlanBench(Workbench):
                 return reference_to(manifest, self.store)
         self.results.append(Done(label, False, 0.0, ""))
         return ArtifactRef(uri="", digest="", kind=PLANNED)
+
+    def begin(self, stage: Stage, inputs: Mapping[str, ArtifactRef], **extra: Any) -> None:
+        """A plan computes nothing ahead either."""
 
     def put_record(self, name: str, record: Mapping[str, Any]) -> None:
         """A plan tests nothing, so it enters nothing."""
@@ -82,9 +88,10 @@ def plan_experiment(config: ExperimentConfig) -> dict[str, Any]:
 
 def _what_follows(bench: PlanBench) -> tuple[str, ...]:
     """The parts of the DAG that the walk did not reach."""
-    trained = {done.label for done in bench.results if done.label.startswith("policy at")}
-    judged = bench.config.on_testbed and bench.config.evaluation.judge == "auto"
-    rest = (*FINAL_STAGES, "exact policy", "exact judge") if judged else FINAL_STAGES
+    walked = {done.label for done in bench.results}
+    trained = {label for label in walked if label.startswith("policy at")}
+    rest: tuple[str, ...] = (*FINAL_STAGES, *JUDGE_STAGES) if has_judge(bench) else FINAL_STAGES
+    rest = tuple(name for name in rest if name not in walked)
     if not trained - {UNCONSTRAINED_STAGE}:
         rest = (*ROUND_STAGES, *rest)
     return rest if UNCONSTRAINED_STAGE in trained else (UNCONSTRAINED_STAGE, *rest)

@@ -148,6 +148,7 @@ def test_plan_names_what_a_run_would_compute(finished: Finished, again: Again) -
 
     assert all(planned().values())
     assert set(planned()) == {stage["name"] for stage in finished.result["stages"]}
+    assert not planned("--evaluation.judged_prompts", "6")["exact reference"]
     left = [name for name, cached in planned("--dpo.steps", "61").items() if not cached]
     assert left[0] == "policy at λ = 0"
     assert left.index("policy at the first λ") < left.index("certificate")
