@@ -36,7 +36,10 @@ def saved_view(key: str, name: str, state: Mapping[str, Any], time_ms: int) -> d
 
 
 def review_state(params: Sequence[str], costs: Sequence[str] = (), parent_run_id: str = "") -> dict[str, Any]:
-    """Charts of λ, of cost against limit, of reward by round, and parallel coordinates; the columns to go with them.
+    """Charts of λ, of cost against limit and of reward, and parallel coordinates; the columns to go with them.
+
+    The charts go by round. Those of a sweep, whose children mostly need one round only, have a point for each child: λ
+    and cost over the limit, reward over cost.
 
     Args:
         params: what varies, for parallel coordinates and columns (limit, beta, seed).
@@ -44,12 +47,8 @@ def review_state(params: Sequence[str], costs: Sequence[str] = (), parent_run_id
         parent_run_id: only the children of this sweep; "" is every experiment.
     """
     suffixes = [f"/{name}" for name in costs] or [""]
-    charts = [
-        _line("lambda", *(f"dual/lambda{suffix}" for suffix in suffixes)),
-        *(_line(f"cost{index}", f"dual/cost{s}", f"dual/limit{s}") for index, s in enumerate(suffixes)),
-        _line("reward", "dual/reward"),
-        _parallel(params),
-    ]
+    charts = _over_limits(suffixes) if parent_run_id else _by_round(suffixes)
+    charts.append(_parallel(params))
     sections = [_section(OWN_SECTION, shown=True)]
     sections += [_section(name, shown=False) for name in (*SECTIONS, "Model metrics", "System metrics")]
     columns = ["tags.`status`", *(f"params.`{name}`" for name in params), *(f"metrics.`{name}`" for name in FIGURES)]
@@ -64,6 +63,24 @@ def review_state(params: Sequence[str], costs: Sequence[str] = (), parent_run_id
         "compareRunSections": sections,
         "isAccordionReordered": True,
     }
+
+
+def _by_round(suffixes: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        _line("lambda", *(f"dual/lambda{suffix}" for suffix in suffixes)),
+        *(_line(f"cost{index}", f"dual/cost{s}", f"dual/limit{s}") for index, s in enumerate(suffixes)),
+        _line("reward", "dual/reward"),
+    ]
+
+
+def _over_limits(suffixes: Sequence[str]) -> list[dict[str, Any]]:
+    over = [
+        _scatter(f"{name}{index}", f"dual/limit{suffix}", f"dual/{name}{suffix}")
+        for name in ("lambda", "cost")
+        for index, suffix in enumerate(suffixes)
+    ]
+    rewards = [_scatter(f"reward{index}", f"dual/cost{s}", "dual/reward") for index, s in enumerate(suffixes)]
+    return over + rewards
 
 
 def _section(name: str, *, shown: bool) -> dict[str, Any]:
@@ -89,6 +106,11 @@ def _line(uuid: str, *metrics: str) -> dict[str, Any]:
         "useGlobalXaxisKey": True,
         "useGlobalLineSmoothing": True,
     }
+
+
+def _scatter(uuid: str, x: str, y: str) -> dict[str, Any]:
+    axes = {name: {"key": key, "type": "METRIC"} for name, key in (("xaxis", x), ("yaxis", y))}
+    return {**_card(uuid, "SCATTER", 100), **axes}
 
 
 def _parallel(params: Sequence[str]) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def test_form_of_the_first_ui_has_the_same_fields(up: Up, web: BrowserContext) -
     expect(page.get_by_role("button", name="Submit")).to_be_enabled()
 
 
-def test_sweep_opens_on_parallel_coordinates_of_its_children(up: Up, web: BrowserContext, run_page: Page) -> None:
+def test_sweep_opens_on_charts_of_its_children_over_the_limit(up: Up, web: BrowserContext, run_page: Page) -> None:
     limits = ",".join(f"{limit:g}" for limit in SWEPT)
     up.run_python("-m", "flows.cli", "sweep", PRESET, f"--limits={limits}", "--json", str(up.home / "sweep.json"))
     parent = next(run for run in up.mlflow_runs() if run["info"]["run_name"] == f"sweep of {PRESET}")
@@ -139,6 +139,10 @@ def test_sweep_opens_on_parallel_coordinates_of_its_children(up: Up, web: Browse
     axes = page.locator(".parcoords .axis-title, .parcoords .axis-heading text")
     for name in ("limit", "beta", "seed", "test/reward", "test/cost"):
         expect(axes.get_by_text(name, exact=True).or_(page.get_by_text(name, exact=True)).first).to_be_visible()
+    charts = page.get_by_test_id("experiment-view-compare-runs-card").filter(has=page.locator(".scatterlayer"))
+    expect(charts).to_have_count(3)
+    for chart in charts.all():
+        expect(chart.locator(".scatterlayer .point")).to_have_count(len(SWEPT))
     picture(page, "mlflow_sweep", 1280)
 
 

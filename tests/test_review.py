@@ -112,7 +112,18 @@ def test_saved_view_is_as_the_ui_writes_it() -> None:
     assert json.loads(zlib.decompress(packed)) == state
     assert len(value) < 5000
     assert state["searchFilter"] == "tags.mlflow.parentRunId = 'abc'"
-    shown = [chart.get("selectedMetricKeys") or chart["selectedParams"] for chart in state["compareRunCharts"]]
+    *points, parallel = state["compareRunCharts"]
+    assert [(chart["yaxis"]["key"], chart["xaxis"]["key"]) for chart in points] == [
+        ("dual/lambda", "dual/limit"),
+        ("dual/cost", "dual/limit"),
+        ("dual/reward", "dual/cost"),
+    ]
+    assert parallel["selectedParams"] == ["limit", "beta", "seed"]
+
+
+def test_saved_view_of_all_experiments_goes_by_round() -> None:
+    charts = review_state(["limit", "beta", "seed"])["compareRunCharts"]
+    shown = [chart.get("selectedMetricKeys") or chart["selectedParams"] for chart in charts]
     assert shown == [["dual/lambda"], ["dual/cost", "dual/limit"], ["dual/reward"], ["limit", "beta", "seed"]]
 
 
@@ -121,6 +132,12 @@ def test_saved_view_of_several_costs_compares_each_with_its_limit() -> None:
     keys = [chart["selectedMetricKeys"] for chart in charts if chart["type"] == "LINE"]
     assert keys[0] == ["dual/lambda/harm", "dual/lambda/privacy"]
     assert keys[1:3] == [["dual/cost/harm", "dual/limit/harm"], ["dual/cost/privacy", "dual/limit/privacy"]]
+    charts = review_state(["limit.harm"], ["harm", "privacy"], "abc")["compareRunCharts"]
+    axes = [(chart["yaxis"]["key"], chart["xaxis"]["key"]) for chart in charts if chart["type"] == "SCATTER"]
+    assert axes == [
+        *((f"dual/{y}/{name}", f"dual/limit/{name}") for y in ("lambda", "cost") for name in ("harm", "privacy")),
+        *(("dual/reward", f"dual/cost/{name}") for name in ("harm", "privacy")),
+    ]
 
 
 def test_description_opens_with_the_verdict_and_the_links() -> None:
