@@ -238,9 +238,7 @@ def _compute(
     paths = {name: resolve(ref, store) for name, ref in inputs.items()}
     shutil.rmtree(out, ignore_errors=True)  # what a killed process left
     out.mkdir()
-    # Beside a stage in a process of its own, other threads of this one may compute other stages.
-    cpu_time = time.thread_time if runtime.own_process else time.process_time
-    started, cpu_started = time.monotonic(), cpu_time()
+    started, cpu_started = time.monotonic(), time.process_time()
     try:
         runtime.progress(stage.name, 0, 1)
         apart = 0.0
@@ -262,7 +260,7 @@ def _compute(
                 code=code_version(stage.compute.__module__),
                 created=datetime.now(UTC).isoformat(timespec="milliseconds"),
                 seconds=round(time.monotonic() - started, 3),
-                cpu_seconds=round(cpu_time() - cpu_started + apart, 3),
+                cpu_seconds=round(time.process_time() - cpu_started + apart, 3),
                 host=platform.node(),
                 versions=library_versions(),
             ),

@@ -7,17 +7,10 @@ from typing import Any
 
 from prefect import flow
 
+from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.evaluation.measure import Measured
 from flows.align import Alignment
-from tasks.evaluation import (
-    Certified,
-    begin_judgement,
-    certify_policy,
-    enumerate_reference,
-    has_judge,
-    judge_policy,
-    test_policy,
-)
+from tasks.evaluation import Certified, certify_policy, enumerate_reference, has_judge, judge_policy, test_policy
 from tasks.prefect_patience import ends_when_there
 from tasks.records import Prepared, Scored
 from tasks.rounds import train_policy
@@ -46,18 +39,21 @@ class Evaluation:
 def evaluate(bench: Workbench, prepared: Prepared, scored: Scored, alignment: Alignment) -> Evaluation:
     """The certificate on prompts that nothing has seen, the test figures, the exact judge."""
     policy = alignment.policy
-    unconstrained = alignment.unconstrained or train_policy(bench, prepared, scored, [0.0] * len(bench.names))
-    enumerated = enumerate_reference(bench, prepared, scored) if has_judge(bench) else None
-    if enumerated is not None:
-        begin_judgement(bench, prepared, enumerated, policy or unconstrained)
     certified = None
     if policy is not None and alignment.status != "infeasible":
         certified = certify_policy(bench, prepared, scored, policy)
+    unconstrained = alignment.unconstrained or train_policy(bench, prepared, scored, [0.0] * len(bench.names))
     policies = {REFERENCE: prepared.reference, UNCONSTRAINED: unconstrained}
     if policy is not None:
         policies["policy"] = policy
     test = {name: test_policy(bench, prepared, scored, item, name) for name, item in policies.items()}
-    judged = {}
-    if enumerated is not None:
-        judged = judge_policy(bench, prepared, enumerated, policy or unconstrained, alignment.plan.margins)
-    return Evaluation(certified, test, judged)
+    return Evaluation(certified, test, _judged(bench, prepared, scored, alignment, policy or unconstrained))
+
+
+def _judged(
+    bench: Workbench, prepared: Prepared, scored: Scored, alignment: Alignment, policy: ArtifactRef
+) -> dict[str, Any]:
+    if not has_judge(bench):
+        return {}
+    enumerated = enumerate_reference(bench, prepared, scored)
+    return judge_policy(bench, prepared, enumerated, policy, alignment.plan.margins)

@@ -25,7 +25,6 @@ from flows.preflight import check_before_run
 from flows.prepare import prepare
 from flows.sections import takes_sections
 from tasks.environment import RUN_TAG
-from tasks.evaluation import begin_enumeration
 from tasks.journal import Journal, announce
 from tasks.prefect_patience import ends_when_there, part
 from tasks.prefect_records import flow_run_id
@@ -86,7 +85,6 @@ def _conduct(bench: Workbench) -> dict[str, Any]:
         reports = scorer_reports(bench, scored.scorers)
         journal.scorers(reports, scored.scorers)
         journal.data(prepared, scored)
-        begin_enumeration(bench, prepared, scored)
         alignment = part(align, bench, prepared, scored, journal)
         evaluation = part(evaluate, bench, prepared, scored, alignment)
         result = experiment_result(

@@ -45,9 +45,6 @@ class PlanBench(Workbench):
         self.results.append(Done(label, False, 0.0, ""))
         return ArtifactRef(uri="", digest="", kind=PLANNED)
 
-    def begin(self, stage: Stage, inputs: Mapping[str, ArtifactRef], **extra: Any) -> None:
-        """A plan computes nothing ahead either."""
-
     def put_record(self, name: str, record: Mapping[str, Any]) -> None:
         """A plan tests nothing, so it enters nothing."""
 

@@ -19,9 +19,6 @@ from tasks.records import Prepared, Scored
 from tasks.rounds import measure_policy, prompt_strata
 from tasks.workbench import Workbench
 
-# Fewer are enumerated in less time than a process needs to start.
-PROMPTS_WORTH_A_PROCESS = 20
-
 
 @dataclass(frozen=True)
 class Certified:
@@ -126,34 +123,11 @@ def has_judge(bench: Workbench) -> bool:
     return bench.config.on_testbed and bench.config.evaluation.judge != "none"
 
 
-def begin_enumeration(bench: Workbench, prepared: Prepared, scored: Scored) -> None:
-    """Begin `enumerate_reference` beside the rounds, which it needs nothing of."""
-    if _takes_a_while(bench):
-        bench.begin(pipeline.ENUMERATION, _enumeration_inputs(prepared, scored))
-
-
 def enumerate_reference(bench: Workbench, prepared: Prepared, scored: Scored) -> ArtifactRef:
     """On the testbed: the reference's exact probabilities and the learned scores over all responses."""
-    return bench.run(pipeline.ENUMERATION, _enumeration_inputs(prepared, scored), "exact reference")
-
-
-def begin_judgement(bench: Workbench, prepared: Prepared, enumerated: ArtifactRef, policy: ArtifactRef) -> None:
-    """Begin what takes `judge_policy` its time beside the policy's tests."""
-    if _takes_a_while(bench):
-        bench.begin(pipeline.POLICY_ENUMERATION, _policy_inputs(prepared, enumerated, policy))
-
-
-def _takes_a_while(bench: Workbench) -> bool:
-    return has_judge(bench) and bench.config.evaluation.judged_prompts >= PROMPTS_WORTH_A_PROCESS
-
-
-def _enumeration_inputs(prepared: Prepared, scored: Scored) -> dict[str, ArtifactRef]:
     inputs = {"data": prepared.data, "reference": prepared.reference, "splits": scored.splits}
-    return inputs | {f"scorers_{index}": ref for index, ref in enumerate(scored.scorers)}
-
-
-def _policy_inputs(prepared: Prepared, enumerated: ArtifactRef, policy: ArtifactRef) -> dict[str, ArtifactRef]:
-    return {"data": prepared.data, "enumeration": enumerated, "policy": policy}
+    inputs |= {f"scorers_{index}": ref for index, ref in enumerate(scored.scorers)}
+    return bench.run(pipeline.ENUMERATION, inputs, "exact reference")
 
 
 def judge_policy(
@@ -166,11 +140,12 @@ def judge_policy(
 ) -> dict[str, Any]:
     """On the testbed: how much of what the exact optimum gains the policy captures (`oracle`)."""
     limits = [item.limit for item in bench.config.constraints]
+    inputs = {"data": prepared.data, "enumeration": enumerated}
     suffix = f" of {label}" if label else ""
-    inputs = _policy_inputs(prepared, enumerated, policy)
-    inputs["policy"] = bench.run(pipeline.POLICY_ENUMERATION, inputs, f"exact policy{suffix}")
+    found = bench.run(pipeline.POLICY_ENUMERATION, {**inputs, "policy": policy}, f"exact policy{suffix}")
     names = [{"name": item.name, "labels": item.labels} for item in bench.config.constraints]
     rounded = [round(margin, 6) for margin in margins]
+    inputs["policy"] = found
     ref = bench.run(
         pipeline.JUDGEMENT, inputs, f"exact judge{suffix}", limits=limits, margins=rounded, constraints=names
     )

@@ -26,9 +26,7 @@ from cdpo_core.stages import (
     manifest_of,
     pick,
     resolve,
-    stage_key,
 )
-from tasks import ahead
 from tasks.environment import cdpo_home, default_store
 from tasks.external import RESERVED_BASES, external_model
 from tasks.prefect_records import ProgressArtifacts
@@ -97,23 +95,6 @@ class Workbench:
         note_use(result.ref, label, inputs.values(), make)
         self.results.append(Done(label, result.cached, result.seconds, result.created, result.ref))
         return result.ref
-
-    def begin(self, stage: Stage, inputs: Mapping[str, ArtifactRef], **extra: Any) -> None:
-        """Compute a stage beside what comes before it, where the machine has a core for it; `run` takes its result.
-
-        Args:
-            stage, inputs, extra: as `run` will be given them.
-        """
-        slice_ = pick(self.config, stage.fields, **extra)
-        key = stage_key(stage, slice_, inputs)
-        if not ahead.core_left_idle(self.config.compute) or self.store.find(stage.name, key):
-            return
-
-        def compute(progress: Progress) -> StageResult:
-            runtime = replace(self.runtime(stage.name), progress=progress, own_process=True)
-            return compute_stage(stage, slice_, dict(inputs), self.store, runtime, self.scratch_root)
-
-        ahead.begin(self.store.uri, key, compute)
 
     def with_setting(self, section: str, **values: Any) -> Self:
         """The same workbench, its list of results too, with other values in one section of the config."""
@@ -191,10 +172,7 @@ def _stage_task(
     bench: Workbench, stage: Stage, inputs: Mapping[str, ArtifactRef], label: str, extra: dict[str, Any]
 ) -> State:
     slice_ = pick(bench.config, stage.fields, **extra)
-    begun = ahead.take(bench.store.uri, stage_key(stage, slice_, inputs))
-    result = begun.wait(lambda done, total: _progress(label, done, total)) if begun else None
-    if result is None:
-        result = compute_stage(stage, slice_, inputs, bench.store, bench.runtime(label), bench.scratch_root)
+    result = compute_stage(stage, slice_, inputs, bench.store, bench.runtime(label), bench.scratch_root)
     _progress(label, 1, 1)
     log.info("%s: %s in %.1f s", label, "cached" if result.cached else "computed", result.seconds)
     return Completed(name="Cached" if result.cached else "Completed", data=result)

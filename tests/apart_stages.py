@@ -52,10 +52,3 @@ def sleep(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: Runtime
     partial.write_text(f"{os.getpid()} {child.pid}")
     partial.rename(runtime.scratch / "pids")
     time.sleep(600)
-
-
-def only_in(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
-    """Says who computed it; in any other process than the one its slice names it fails."""
-    if os.getpid() != config.pid:
-        raise InputError("not in this process", where="here", fix="compute it in the other")
-    (out / "given.txt").write_text(repr([os.getpid()]))
