@@ -19,7 +19,7 @@ from flows.preference_models import preference_models
 from flows.prepare import prepare
 from tasks.comparison import compute_spent, value_on
 from tasks.dual import OfflinePlan, candidate, choose_round, dual_round, plan_dual
-from tasks.evaluation import enumerate_reference, judge_policy, test_policy
+from tasks.evaluation import enumerate_reference, has_judge, judge_policy, test_policy
 from tasks.prefect_patience import part
 from tasks.records import Prepared, Scored
 from tasks.rounds import measure_policy, train_policy
@@ -138,7 +138,7 @@ def method_record(world: World, run: Trained, method: Method, tuned: Tuned) -> d
     """
     bench, config = run.bench, run.bench.config
     oracle: dict[str, Any] = {}
-    if config.on_testbed and config.evaluation.judge != "none":
+    if has_judge(bench):
         enumerated = enumerate_reference(bench, world.prepared, world.scored)
         margins = plan_dual(bench, world.prepared, world.scored).margins
         oracle = judge_policy(bench, world.prepared, enumerated, run.policy, margins, method.title)

@@ -22,7 +22,6 @@ UNCONSTRAINED_STAGE, FIRST_STAGE = "policy at λ = 0", "policy at the first λ"
 # What follows the first stage that is not there yet, when its λ cannot be known before it is computed.
 ROUND_STAGES = (FIRST_STAGE, "responses and scores on the selection prompts", "further rounds if needed")
 FINAL_STAGES = ("certificate", "test of the reference, of DPO and of the policy")
-
 JUDGE_STAGES = ("exact reference", "exact policy", "exact judge")
 
 
