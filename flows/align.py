@@ -86,7 +86,7 @@ def align(bench: Workbench, prepared: Prepared, scored: Scored, journal: Journal
         policy, measured = _trained(bench, prepared, scored, step.lambda_, unconstrained, policies)
         policies.append(policy)
         history.append(dual_round(bench, prepared, scored, measured, step.lambda_))
-        candidates.append(candidate(bench, prepared, scored, measured, history[-1]))
+        candidates.append(candidate(bench, prepared, scored, measured, history[-1], plan.settings))
         figures = {
             "cost": history[-1].cost,
             "cost_half_width": history[-1].half_width,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cdpo_core.dual.ascent import DualSettings, Round
+from cdpo_core.dual.ascent import DualSettings, Round, meets_target
 from cdpo_core.dual.certificate import expected_half_width, planned_margin, prompt_spread
 from cdpo_core.dual.offline import OfflineDual
 from cdpo_core.dual.selection import Candidate, select_round
@@ -198,11 +198,19 @@ def _spreads(
     ]
 
 
-def candidate(bench: Workbench, prepared: Prepared, scored: Scored, measured: Measured, round_: Round) -> Candidate:
-    """A round's figures as the choice of policy weighs them."""
+def candidate(
+    bench: Workbench,
+    prepared: Prepared,
+    scored: Scored,
+    measured: Measured,
+    round_: Round,
+    settings: DualSettings | None = None,
+) -> Candidate:
+    """A round's figures as the choice of policy weighs them; without targets (`settings`) none is on target."""
     costs = measured.prompt_costs(bench.names).to_numpy()
     spread = _spreads(bench, prepared, scored, measured.prompts(), costs)
-    return Candidate(reward=measured.reward().mean, cost=round_.cost, sd=tuple(spread))
+    met = settings is not None and meets_target(round_, settings)
+    return Candidate(reward=measured.reward().mean, cost=round_.cost, sd=tuple(spread), met=met)
 
 
 def cost_upper(bench: Workbench, scored: Scored, candidate: Candidate) -> list[float]:

@@ -249,6 +249,19 @@ def two(lambda_: tuple[float, float], cost: tuple[float, float], curvature: floa
 
 
 @pytest.mark.parametrize(
+    ("done", "status"),
+    [
+        (two((1.0, 1.0), (-0.95, -0.95)), "met"),
+        (two((1.0, 1.0), (-0.95, -0.92)), "train"),  # one cost alone would do: two have to hold at once
+        (two((1.0, 1.0), (-1.09, -0.92)), "train"),  # what one cost spares is no help to the other
+        (two((1.0, 0.0), (-0.95, -3.0)), "met"),
+    ],
+)
+def test_verdict_on_one_round_of_two_costs(done: Round, status: str) -> None:
+    assert next_step([done], settings((-1.0, -1.0)), (1.0, 1.0)).status == status
+
+
+@pytest.mark.parametrize(
     ("done", "next_lambda"),
     [
         (two((1.0, 1.0), (-0.5, -1.5)), (1.25, 0.779)),  # each as one cost alone would move

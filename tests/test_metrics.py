@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -166,6 +167,11 @@ def candidate(reward: float, *costs: float) -> Candidate:
 )
 def test_choice_of_policy(candidates: list[Candidate], limits: tuple[float, ...], chosen: int) -> None:
     assert select_round(candidates, limits, 400, 0.05) == chosen
+
+
+def test_a_round_on_target_goes_first() -> None:
+    rounds = [candidate(2.0, -0.2), replace(candidate(1.0, -0.3), met=True), candidate(3.0, -0.25)]
+    assert select_round(rounds, (0.0,), 400, 0.05) == 1
 
 
 def test_choice_foresees_the_method_of_the_certificate() -> None:

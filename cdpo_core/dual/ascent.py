@@ -91,10 +91,6 @@ def round_lambda(value: float, lambda_max: float) -> float:
 def next_step(history: list[Round], settings: DualSettings, first_lambda: tuple[float, ...]) -> DualStep:
     """The next multiplier, or a stop. Pure: the same history gives the same answer.
 
-    A round *meets* the target when each cost is within its half-width of the target, from above at
-    most half way to the limit (beyond that the certificate would sooner fail than pass), or is below
-    the target with λ = 0. A cost far below the target with λ > 0 is not met: it wastes reward.
-
     Args:
         history: rounds so far, oldest first.
         settings: how λ moves.
@@ -108,7 +104,7 @@ def next_step(history: list[Round], settings: DualSettings, first_lambda: tuple[
         first = tuple(round_lambda(value, settings.lambda_max) for value in first_lambda)
         return DualStep(first, "train", f"first round at λ = {_show(first)}")
     last = history[-1]
-    if _met(last, settings):
+    if meets_target(last, settings):
         return DualStep(None, "met", f"cost {_show(last.cost)} meets the target {_show(settings.target)}")
     if _out_of_reach(history, settings):
         return DualStep(None, "infeasible", _infeasible_reason(history, settings))
@@ -121,6 +117,21 @@ def next_step(history: list[Round], settings: DualSettings, first_lambda: tuple[
         return DualStep(None, "exhausted", f"the next λ rounds to {_show(proposal)}, which was tried")
     miss = _show(tuple(_violation(last, settings)))
     return DualStep(proposal, "train", f"cost − target = {miss}: λ {_show(last.lambda_)} → {_show(proposal)}")
+
+
+def meets_target(done: Round, settings: DualSettings) -> bool:
+    """Whether a round's costs are on target within sampling error, so that it can go to the certificate.
+
+    Each of the m costs is within its half-width of its target, or below it with λ_i = 0. A cost far below its target
+    with λ_i > 0 wastes reward. From above a cost may use up 1/(2m) of its margin, limit − target: beyond half of it a
+    certificate would sooner fail than pass, and of m limits all have to hold.
+    """
+    share = 1 / (2 * len(settings.target))
+    rows = zip(done.lambda_, _violation(done, settings), done.half_width, settings.limit, settings.target, strict=True)
+    for value, miss, half_width, limit, target in rows:
+        if miss > min(half_width, share * (limit - target)) or (value > 0 and miss < -half_width):
+            return False
+    return True
 
 
 def bracket(history: list[Round], settings: DualSettings) -> tuple[float, float]:
@@ -228,14 +239,6 @@ def _merit(done: Round, settings: DualSettings) -> float:
     miss = _violation(done, settings)
     miss = np.where(np.asarray(done.lambda_) > 0, np.abs(miss), np.maximum(miss, 0))
     return float((miss / np.maximum(done.half_width, 1e-9)).max())
-
-
-def _met(done: Round, settings: DualSettings) -> bool:
-    rows = zip(done.lambda_, _violation(done, settings), done.half_width, settings.limit, settings.target, strict=True)
-    for value, miss, half_width, limit, target in rows:
-        if miss > min(half_width, (limit - target) / 2) or (value > 0 and miss < -half_width):
-            return False
-    return True
 
 
 def _within_limits(done: Round, settings: DualSettings) -> bool:

@@ -15,11 +15,13 @@ class Candidate:
         reward: mean reward.
         cost: [m] mean costs.
         sd: [m] deviations of the prompts' mean costs.
+        met: whether its costs are on target (`dual.ascent.meets_target`).
     """
 
     reward: float
     cost: tuple[float, ...]
     sd: tuple[float, ...]
+    met: bool = False
 
 
 def select_round(
@@ -35,9 +37,9 @@ def select_round(
     """The round whose policy goes to the certificate.
 
     The bound that the certificate would give is foreseen as selection mean + its half-width at the
-    certificate's number of prompts. Among the rounds whose bounds are all within the limits, the
-    highest reward; if none is, the round whose largest excess over a limit is least. Ties go to the
-    earlier round.
+    certificate's number of prompts. A round on target is what the margin was planned for, and goes
+    first. Else, among the rounds whose bounds are all within the limits, the highest reward; if none
+    is, the round whose largest excess over a limit is least. Ties go to the earlier round.
 
     Args:
         candidates: one a round; their costs may come from `paired_mean`.
@@ -53,6 +55,9 @@ def select_round(
     """
     if not candidates:
         raise ValueError("there is no round to choose from")
+    met = [i for i, candidate in enumerate(candidates) if candidate.met]
+    if met:
+        return max(met, key=lambda i: candidates[i].reward)
     excesses = []
     for candidate in candidates:
         rows = zip(candidate.cost, candidate.sd, limits, strict=True)
