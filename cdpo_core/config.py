@@ -138,6 +138,8 @@ class DpoConfig(Section):
     adam_beta2: float = Field(0.99, gt=0, lt=1, description="Adam's second-moment decay.", json_schema_extra={"position": 10})
     averaging: float = Field(0.98, ge=0, lt=1, description="Decay of the running average of the weights that is returned; 0 returns the last weights.", json_schema_extra={"position": 11})
     pairs: Literal["samples", "dataset"] = Field("samples", description="`samples` trains on the reference's own responses to the policy prompts; `dataset` on the preferences' response pairs, as the paper does (responses_per_prompt must be 2).", json_schema_extra={"position": 12})
+    conditional: bool = Field(False, description="Train one policy that is told lambda, for every limit, instead of one for each lambda.", json_schema_extra={"position": 13})
+    conditional_steps: int = Field(2700, ge=1, description="Optimizer steps of that policy's training.", json_schema_extra={"position": 14})
 
 
 class DualConfig(Section):

@@ -101,28 +101,35 @@ SCORERS = Stage(
 )
 SCORES = Stage("scores", "scores", _core("cdpo_core.learning.score:score_responses"))
 SPLITS = Stage("splits", "splits", _core("cdpo_core.data.splits:make_splits"), ("seed", "data.splits"))
-ROUND = Stage(
-    "round",
+ROUND_FIELDS = (
+    "seed",
+    "policy.lora_rank",
+    "policy.trust_remote_code",
+    "dpo.beta",
+    "dpo.labels",
+    "dpo.anchor",
+    "dpo.anchor_end",
+    "dpo.prompts_per_step",
+    "dpo.responses_per_prompt",
+    "dpo.focus",
+    "dpo.learning_rate",
+    "dpo.optimizer",
+    "dpo.adam_beta2",
+    "dpo.averaging",
+    "dpo.pairs",
+)
+ROUND = Stage("round", "policy", _core("cdpo_core.learning.dpo:train_round"), (*ROUND_FIELDS, "dpo.steps"))
+CONDITIONAL = Stage(
+    "conditional",
+    "conditional-policy",
+    _core("cdpo_core.learning.conditional:train_conditional"),
+    (*ROUND_FIELDS, "dpo.conditional_steps"),
+)
+BOUND = Stage(
+    "bound",
     "policy",
-    _core("cdpo_core.learning.dpo:train_round"),
-    (
-        "seed",
-        "policy.lora_rank",
-        "policy.trust_remote_code",
-        "dpo.beta",
-        "dpo.labels",
-        "dpo.anchor",
-        "dpo.anchor_end",
-        "dpo.steps",
-        "dpo.prompts_per_step",
-        "dpo.responses_per_prompt",
-        "dpo.focus",
-        "dpo.learning_rate",
-        "dpo.optimizer",
-        "dpo.adam_beta2",
-        "dpo.averaging",
-        "dpo.pairs",
-    ),
+    _core("cdpo_core.learning.conditional:bind_lambda"),
+    ("policy.trust_remote_code",),
 )
 SAFE_RLHF = Stage(
     "safe-rlhf",

@@ -10,16 +10,17 @@ from typing import Any
 from prefect import flow
 
 from cdpo_core.artifacts import ArtifactRef
-from cdpo_core.dual.ascent import Round, next_step
+from cdpo_core.dual.ascent import DualStep, Round, next_step
 from cdpo_core.dual.selection import Candidate
 from cdpo_core.evaluation.measure import Measured
 from cdpo_core.evaluation.result import round_record
+from tasks.conditional import policy_at
 from tasks.dual import OfflinePlan, candidate, choose_round, corrected_plan, cost_upper, dual_round, plan_dual
 from tasks.evaluation import exact_floor
 from tasks.journal import Journal
 from tasks.prefect_patience import ends_when_there
 from tasks.records import Prepared, Scored
-from tasks.rounds import measure_policy, train_policy
+from tasks.rounds import measure_policy
 from tasks.workbench import Workbench
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def align(bench: Workbench, prepared: Prepared, scored: Scored, journal: Journal
     floor = exact_floor(bench, prepared) if bench.config.on_testbed else None
     if floor and any(limit < low for limit, low in zip(plan.settings.limit, floor, strict=True)):
         return Alignment(plan, [], [], [], -1, "infeasible", _below_floor(floor), floor)
-    unconstrained = _unconstrained(bench, prepared, scored)
+    unconstrained = _unconstrained(bench, prepared, scored, plan)
     if unconstrained is not None and bench.config.dual.start == "corrected":
         plan = corrected_plan(bench, prepared, scored, plan, unconstrained.measured)
     history: list[Round] = []
@@ -83,7 +84,7 @@ def align(bench: Workbench, prepared: Prepared, scored: Scored, journal: Journal
     policies: list[ArtifactRef] = []
     while (step := next_step(history, plan.settings, plan.first_lambda)).lambda_ is not None:
         log.info(step.reason)
-        policy, measured = _trained(bench, prepared, scored, step.lambda_, unconstrained, policies)
+        policy, measured = _trained(bench, prepared, scored, plan, step.lambda_, unconstrained, policies)
         policies.append(policy)
         history.append(dual_round(bench, prepared, scored, measured, step.lambda_))
         candidates.append(candidate(bench, prepared, scored, measured, history[-1], plan.settings))
@@ -99,10 +100,19 @@ def align(bench: Workbench, prepared: Prepared, scored: Scored, journal: Journal
         rounds.append(round_record(len(rounds) + 1, step.lambda_, figures))
         if journal is not None:
             journal.round(rounds, policy)
-    log.info(step.reason)
+    status, reason = _verdict(bench, plan, step)
+    log.info(reason)
     chosen = choose_round(bench, scored, candidates)
     zero = unconstrained.policy if unconstrained else None
-    return Alignment(plan, history, rounds, policies, chosen, step.status, step.reason, floor, zero)
+    return Alignment(plan, history, rounds, policies, chosen, status, reason, floor, zero)
+
+
+def _verdict(bench: Workbench, plan: OfflinePlan, step: DualStep) -> tuple[str, str]:
+    """How the rounds ended. That a policy for every λ does not come down to a limit says little of other policies."""
+    if not (bench.config.dpo.conditional and step.status == "infeasible"):
+        return step.status, step.reason
+    most = f"λ = {plan.settings.lambda_max:g}, the largest that the policy for every λ has learned"
+    return "exhausted", f"{step.reason}: {most}; for this limit set dpo.conditional to false"
 
 
 @dataclass(frozen=True)
@@ -113,12 +123,12 @@ class Unconstrained:
     measured: Measured
 
 
-def _unconstrained(bench: Workbench, prepared: Prepared, scored: Scored) -> Unconstrained | None:
+def _unconstrained(bench: Workbench, prepared: Prepared, scored: Scored, plan: OfflinePlan) -> Unconstrained | None:
     """None where the rounds neither start from it nor learn their first lambda from it."""
     dual, zeros = bench.config.dual, (0.0,) * len(bench.names)
     if dual.start != "corrected" and dual.warm_start != "unconstrained":
         return None
-    policy = train_policy(bench, prepared, scored, zeros)
+    policy = policy_at(bench, prepared, scored, plan.dual, zeros)
     return Unconstrained(policy, _on_selection(bench, prepared, scored, policy, zeros))
 
 
@@ -126,6 +136,7 @@ def _trained(
     bench: Workbench,
     prepared: Prepared,
     scored: Scored,
+    plan: OfflinePlan,
     lambda_: tuple[float, ...],
     unconstrained: Unconstrained | None,
     earlier: Sequence[ArtifactRef],
@@ -137,7 +148,7 @@ def _trained(
     previous = earlier[-1] if earlier and start == "previous" else None
     if unconstrained is not None and start == "unconstrained":
         previous = unconstrained.policy
-    policy = train_policy(bench, prepared, scored, lambda_, previous)
+    policy = policy_at(bench, prepared, scored, plan.dual, lambda_, previous)
     return policy, _on_selection(bench, prepared, scored, policy, lambda_)
 
 

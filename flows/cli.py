@@ -140,6 +140,9 @@ def sweep(
             metavar="FIELD=A,B",
         ),
     ] = None,
+    conditional: Annotated[
+        bool, Parameter(negative="", help="Train one policy that is told lambda, for all limits (dpo.conditional).")
+    ] = False,
     at_once: AtOnce = None,
     store: StoreUri = None,
     name: Name = None,
@@ -153,7 +156,8 @@ def sweep(
     from flows.grid import combinations, parse_limits, parse_seeds
 
     numbers, all_seeds, vary = parse_limits(limits), parse_seeds(seeds) if seeds else [], set_ or []
-    experiment = _load(config, {**(overrides or {}), **_shortcuts(None, None, store, name)}, json)
+    chosen = {**(overrides or {}), **({"dpo.conditional": "true"} if conditional else {})}
+    experiment = _load(config, {**chosen, **_shortcuts(None, None, store, name)}, json)
     varied = combinations(experiment, all_seeds, vary)
     with showing_progress() as progress:
         progress("checks", 0, 1)

@@ -10,10 +10,10 @@ from prefect import flow
 from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.evaluation.measure import Measured
 from flows.align import Alignment
+from tasks.conditional import policy_at
 from tasks.evaluation import Certified, certify_policy, enumerate_reference, has_judge, judge_policy, test_policy
 from tasks.prefect_patience import ends_when_there
 from tasks.records import Prepared, Scored
-from tasks.rounds import train_policy
 from tasks.workbench import Workbench
 
 REFERENCE, UNCONSTRAINED = "reference", "DPO (λ = 0)"
@@ -42,7 +42,9 @@ def evaluate(bench: Workbench, prepared: Prepared, scored: Scored, alignment: Al
     certified = None
     if policy is not None and alignment.status != "infeasible":
         certified = certify_policy(bench, prepared, scored, policy)
-    unconstrained = alignment.unconstrained or train_policy(bench, prepared, scored, [0.0] * len(bench.names))
+    unconstrained = alignment.unconstrained or policy_at(
+        bench, prepared, scored, alignment.plan.dual, [0.0] * len(bench.names)
+    )
     policies = {REFERENCE: prepared.reference, UNCONSTRAINED: unconstrained}
     if policy is not None:
         policies["policy"] = policy

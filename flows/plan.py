@@ -13,6 +13,7 @@ from flows.evaluate import evaluate
 from flows.preference_models import preference_models
 from flows.preflight import check_before_run
 from flows.prepare import prepare
+from tasks.conditional import CONDITIONAL_STAGE
 from tasks.dual import plan_dual
 from tasks.evaluation import has_judge
 from tasks.workbench import Done, Workbench, open_workbench
@@ -90,23 +91,26 @@ def _what_follows(bench: PlanBench) -> tuple[str, ...]:
     rest = tuple(name for name in rest if name not in walked)
     if not trained - {UNCONSTRAINED_STAGE}:
         rest = (*ROUND_STAGES, *rest)
-    return rest if UNCONSTRAINED_STAGE in trained else (UNCONSTRAINED_STAGE, *rest)
+    rest = rest if UNCONSTRAINED_STAGE in trained else (UNCONSTRAINED_STAGE, *rest)
+    return (CONDITIONAL_STAGE, *rest) if bench.config.dpo.conditional and CONDITIONAL_STAGE not in walked else rest
 
 
 def _seconds_by_stage(bench: PlanBench) -> dict[str, float]:
     """What stages of the same kind took before, in any experiment of this store: the latest of each."""
     took = {item.stage: item.seconds for item in sorted(bench.store.manifests(), key=lambda item: item.created)}
     kinds = {"reference policy": "sft", "splits": "splits", "data": "data", "exact reference": "enumeration"}
+    at_lambda = "bound" if bench.config.dpo.conditional else "round"
     kinds |= {
         "exact policy": "policy-enumeration",
         "exact judge": "judgement",
-        FIRST_STAGE: "round",
-        UNCONSTRAINED_STAGE: "round",
+        FIRST_STAGE: at_lambda,
+        UNCONSTRAINED_STAGE: at_lambda,
+        CONDITIONAL_STAGE: "conditional",
     }
     kinds |= {label: "scorers" for label in (done.label for done in bench.results) if label.endswith(" model")}
     kinds |= {done.label: "responses" for done in bench.results if done.label.endswith("responses")}
     kinds |= {done.label: "scores" for done in bench.results if done.label.endswith("scores")}
-    kinds |= {done.label: "round" for done in bench.results if done.label.startswith("policy at")}
+    kinds |= {done.label: at_lambda for done in bench.results if done.label.startswith("policy at")}
     return {label: took[stage] for label, stage in kinds.items() if stage in took}
 
 

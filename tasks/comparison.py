@@ -37,9 +37,9 @@ def compute_spent(bench: Workbench, refs: Sequence[ArtifactRef]) -> dict[str, fl
     spent = {"updates": 0.0, "generated_tokens": 0.0, "cpu_seconds": 0.0}
     for ref in {ref.uri: ref for ref in refs}.values():
         spent["cpu_seconds"] += bench.cpu_seconds(ref)
-        if ref.kind == "policy":
+        if ref.kind in ("policy", "conditional-policy"):
             training = json.loads((bench.folder(ref) / "training.json").read_text())
-            spent["updates"] += training.get("updates") or training["steps"][-1]["step"]
+            spent["updates"] += training["updates"] if "updates" in training else training["steps"][-1]["step"]
             spent["generated_tokens"] += training.get("generated_tokens", 0)
         elif ref.kind == "responses":
             spent["generated_tokens"] += float(bench.table(ref, "responses")["tokens"].map(len).sum())

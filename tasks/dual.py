@@ -19,6 +19,7 @@ from cdpo_core.dual.offline import OfflineDual
 from cdpo_core.dual.selection import Candidate, select_round
 from cdpo_core.evaluation.measure import Measured
 from cdpo_core.evaluation.metrics import paired_mean, within_prompt_covariance
+from tasks.conditional import largest_lambda
 from tasks.preference_models import scorer_reports
 from tasks.records import Prepared, Scored
 from tasks.rounds import measured_from, prompt_strata
@@ -58,13 +59,14 @@ def plan_dual(bench: Workbench, prepared: Prepared, scored: Scored) -> OfflinePl
     limits = np.array([item.limit for item in config.constraints])
     margins = _margins(bench, prepared, scored, dual, limits)
     target = limits - margins
-    solved = dual.solve(target, config.dual.lambda_max)
+    most = largest_lambda(bench, dual)
+    solved = dual.solve(target, most)
     first = np.zeros(len(limits)) if config.dual.start == "zero" else solved
     settings = DualSettings(
         update=config.dual.update,
         step=config.dual.step,
         rounds=config.dual.rounds,
-        lambda_max=config.dual.lambda_max,
+        lambda_max=most,
         target=tuple(target.tolist()),
         limit=tuple(limits.tolist()),
     )

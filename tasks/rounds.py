@@ -27,22 +27,27 @@ def train_policy(
     reward_weight: float = 1.0,
 ) -> ArtifactRef:
     """DPO on preferences re-decided at lambda, from the reference or, in fewer steps, from a trained policy."""
-    responses, scores = scored.responses, scored.scores
-    if bench.config.dpo.pairs == "dataset":
-        responses, scores = dataset_pairs(bench, prepared, scored)
-    inputs = {
-        "data": prepared.data,
-        "reference": prepared.reference,
-        "responses": responses,
-        "scores": scores,
-        "splits": scored.splits,
-    }
+    inputs = round_inputs(bench, prepared, scored)
     if previous is not None:
         inputs["previous"] = previous
         bench = bench.with_setting("dpo", **warm_settings(bench.config))
     label = "policy at λ = " + ", ".join(f"{value:g}" for value in lambda_)
     weight = {} if reward_weight == 1 else {"reward_weight": reward_weight}
     return bench.run(pipeline.ROUND, inputs, label, lambda_=list(lambda_), names=bench.names, **weight)
+
+
+def round_inputs(bench: Workbench, prepared: Prepared, scored: Scored) -> dict[str, ArtifactRef]:
+    """What a training learns from: nothing of it depends on lambda."""
+    responses, scores = scored.responses, scored.scores
+    if bench.config.dpo.pairs == "dataset":
+        responses, scores = dataset_pairs(bench, prepared, scored)
+    return {
+        "data": prepared.data,
+        "reference": prepared.reference,
+        "responses": responses,
+        "scores": scores,
+        "splits": scored.splits,
+    }
 
 
 def warm_settings(config: ExperimentConfig) -> dict[str, Any]:

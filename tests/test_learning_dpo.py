@@ -39,7 +39,9 @@ def groups_of(chain: dict[str, Path]) -> Groups:
 def a_round(chain: dict[str, Path], lambda_: float = 0.5, **dpo: object) -> Round:
     config = round_slice(changed(dpo=dpo), (lambda_,))
     policy = load_policy(chain["reference"])
-    return Round(policy, load_groups(policy, chain, ["harm"], config.dpo), config, torch.float32, 0)
+    round_ = Round(policy, load_groups(policy, chain, ["harm"], config.dpo), config, torch.float32, 0, config.dpo.steps)
+    round_.decide(config.lambda_)
+    return round_
 
 
 def expected_cost(folder: Path, chain: dict[str, Path]) -> tuple[float, float]:
@@ -199,7 +201,8 @@ def test_the_anchor_falls_from_its_weight_to_the_share_that_is_left(chain: dict[
 def test_without_reward_only_the_costs_decide(chain: dict[str, Path]) -> None:
     policy, groups = load_policy(chain["reference"]), groups_of(chain)
     config = Slice({**round_slice(lambda_=(2.0,)).as_dict(), "reward_weight": 0.0})
-    round_ = Round(policy, groups, config, torch.float32, 0)
+    round_ = Round(policy, groups, config, torch.float32, 0, config.dpo.steps)
+    round_.decide(config.lambda_)
     torch.testing.assert_close(round_.r_lambda, -2 * groups.costs[..., 0])
 
 
@@ -222,5 +225,6 @@ def test_the_datas_pairs_are_groups_of_two(chain: dict[str, Path], tmp_path: Pat
     with torch.no_grad():
         plain = response_log_probs(policy.model, groups.prompts[:3], groups.responses[:3], policy.pad_id)
     torch.testing.assert_close(groups.ref_log_probs[:3], plain, atol=1e-4, rtol=1e-5)
-    round_ = Round(policy, groups, config, torch.float32, 0)
+    round_ = Round(policy, groups, config, torch.float32, 0, config.dpo.steps)
+    round_.decide(config.lambda_)
     assert np.isfinite([part["loss"].item() for part in round_.losses_at(0)]).all()

@@ -143,6 +143,26 @@ class OfflineDual:
             lambda_ = np.clip(lambda_ + size * step, 0.0, lambda_max)
         return lambda_
 
+    def lambda_for_share(self, share: float, lambda_max: float) -> float:
+        """The multiplier that brings a cost a share of the way from λ = 0 to the samples' floor.
+
+        Each cost is taken alone, as if the others had no limit; the largest multiplier counts.
+
+        Args:
+            share: in (0, 1).
+            lambda_max: largest multiplier.
+
+        Returns:
+            two significant digits.
+        """
+        loosest, floor = self.expected(np.zeros(self.costs.shape[2])).costs, self.floor()
+        found = []
+        for index in range(len(floor)):
+            limits = self.costs.max(axis=(0, 1)) + 1
+            limits[index] = loosest[index] + share * (floor[index] - loosest[index])
+            found.append(self.solve(limits, lambda_max)[index])
+        return float(f"{max(found):.2g}")
+
     def at_beta(self, beta: float) -> OfflineDual:
         """The same samples with another pull to the reference. Args: beta > 0."""
         return OfflineDual(self.reward, self.costs, beta, jackknife=self.jackknife)

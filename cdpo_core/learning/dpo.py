@@ -21,7 +21,7 @@ from cdpo_core.errors import InputError
 from cdpo_core.learning.batches import Epochs, cut_into_passes, policy_pass_tokens
 from cdpo_core.learning.loop import Schedule, fit, mixed_precision
 from cdpo_core.learning.losses import anchor_loss, soft_dpo_loss
-from cdpo_core.models.checkpoints import read_model_config, write_json
+from cdpo_core.models.checkpoints import saved_dtype, write_json
 from cdpo_core.models.logprobs import response_log_probs
 from cdpo_core.models.policy import Policy, load_policy, merged, save_policy, with_lora
 from cdpo_core.randomness import numpy_stream, torch_stream
@@ -53,7 +53,7 @@ def train_round(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: R
         TrainingError: the loss is not finite.
     """
     start = inputs.get("previous", inputs["reference"])
-    dtype = _saved_dtype(start)
+    dtype = saved_dtype(start)
     adapted = config.policy.lora_rank > 0
     policy = load_policy(
         start, config_policy=config.policy, device=runtime.device, dtype=None if adapted else torch.float32
@@ -63,15 +63,9 @@ def train_round(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: R
         policy = with_lora(policy, config.policy.lora_rank, config.seed)
     else:
         policy.model.requires_grad_(True)
-    round_ = Round(policy, groups, config, dtype, runtime.micro_batch)
-    schedule = Schedule(
-        config.dpo.steps,
-        config.dpo.learning_rate,
-        adam_beta2=config.dpo.adam_beta2,
-        muon=config.dpo.optimizer == "muon",
-        averaging=config.dpo.averaging,
-    )
-    records = fit(policy.model, round_.losses_at, schedule, runtime, "dpo")
+    round_ = Round(policy, groups, config, dtype, runtime.micro_batch, config.dpo.steps)
+    round_.decide(config.lambda_)
+    records = fit(policy.model, round_.losses_at, schedule_of(config.dpo, config.dpo.steps), runtime, "dpo")
     policy = merged(policy)
     policy.model.to(dtype)
     save_policy(policy, out)
@@ -155,6 +149,8 @@ def load_groups(policy: Policy, inputs: Mapping[str, Path], names: Sequence[str]
 class Round:
     """The losses of one round's steps: which responses, their labels under r_λ, and the DPO loss on them.
 
+    `decide` says at which λ.
+
     Attributes:
         r_lambda: r − λᵀc of every response, [P, K] float64.
         weights: w_j = softmax_j(r_λ,j/β) over a prompt's K reference samples, [P, K] float64.
@@ -162,12 +158,12 @@ class Round:
             the same minimiser under every draw; the pairs that π_λ itself would meet matter most to it.
     """
 
-    def __init__(self, policy: Policy, groups: Groups, config: Slice, dtype: torch.dtype, micro_batch: int) -> None:
+    def __init__(
+        self, policy: Policy, groups: Groups, config: Slice, dtype: torch.dtype, micro_batch: int, steps: int
+    ) -> None:
         self.policy, self.groups, self.dpo, self.seed = policy, groups, config.dpo, config.seed
-        self.dtype, self.micro_batch = dtype, micro_batch
-        reward = getattr(config, "reward_weight", 1.0) * groups.reward
-        self.r_lambda = lagrangian_reward(reward, groups.costs, torch.tensor(config.lambda_).double())
-        self.weights = importance_weights(self.r_lambda, config.dpo.beta)
+        self.dtype, self.micro_batch, self.steps = dtype, micro_batch, steps
+        self._reward = getattr(config, "reward_weight", 1.0) * groups.reward
         count = len(groups.prompts)
         self._epochs = Epochs(
             lambda epoch: numpy_stream(self.seed, "round", "prompts", epoch).permutation(count),
@@ -175,10 +171,15 @@ class Round:
             config.dpo.prompts_per_step,
         )
         self._tokens = policy_pass_tokens(policy.model)
-        focus, size = config.dpo.focus, self.weights.shape[1]
+
+    def decide(self, lambda_: Sequence[float]) -> None:
+        """Put the labels of r_λ on all responses, and draw by its weights from now on. Args: lambda_ [m]."""
+        self.r_lambda = lagrangian_reward(self._reward, self.groups.costs, torch.tensor(lambda_).double())
+        self.weights = importance_weights(self.r_lambda, self.dpo.beta)
+        focus, size = self.dpo.focus, self.weights.shape[1]
         self.chances = ((1 - focus) / size + focus * self.weights).numpy()
         # How often a response comes up in a visit of its prompt, but for the draw being without replacement.
-        inclusion = (config.dpo.responses_per_prompt * torch.from_numpy(self.chances)).clamp_max(1)
+        inclusion = (self.dpo.responses_per_prompt * torch.from_numpy(self.chances)).clamp_max(1)
         self._anchor_weights = self.weights / inclusion
 
     def losses_at(self, step: int) -> Iterator[dict[str, Tensor]]:
@@ -198,7 +199,7 @@ class Round:
 
         Early it keeps the mass from leaking; late, its bias at finite K would be learned by heart.
         """
-        left = 0.5 * (1 + math.cos(math.pi * step / self.dpo.steps))
+        left = 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return float(self.dpo.anchor * (self.dpo.anchor_end + (1 - self.dpo.anchor_end) * left))
 
     def group_losses(self, rows: Indices, columns: Indices, anchor_weight: float) -> dict[str, Tensor]:
@@ -266,5 +267,12 @@ def _agreement(log_ratio: Tensor, targets: Tensor) -> Tensor:
     return agreed / decided.sum((-1, -2)).clamp_min(1)
 
 
-def _saved_dtype(folder: Path) -> torch.dtype:
-    return getattr(torch, read_model_config(folder).get("dtype") or "float32")
+def schedule_of(dpo: Slice, steps: int) -> Schedule:
+    """How the weights of a policy move in `steps` steps. Args: dpo, the config's section; steps."""
+    return Schedule(
+        steps,
+        dpo.learning_rate,
+        adam_beta2=dpo.adam_beta2,
+        muon=dpo.optimizer == "muon",
+        averaging=dpo.averaging,
+    )

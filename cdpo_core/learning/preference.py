@@ -17,7 +17,7 @@ from cdpo_core.learning.batches import Epochs, cut_into_passes, neighbours_order
 from cdpo_core.learning.calibration import calibration, scorer_report
 from cdpo_core.learning.loop import Schedule, fit, mixed_precision
 from cdpo_core.learning.losses import cost_loss
-from cdpo_core.models.checkpoints import read_model_config, write_json
+from cdpo_core.models.checkpoints import saved_dtype, write_json
 from cdpo_core.models.ready_scorer import load_ready_scorer, new_scorer
 from cdpo_core.models.scorer import Scorer, save_scorer
 from cdpo_core.randomness import numpy_stream
@@ -81,7 +81,7 @@ def train_scorers(config: Slice, inputs: Mapping[str, Path], out: Path, runtime:
     scorer = _starting_scorer(config, inputs).to(runtime.device)
     records: list[dict[str, Any]] = []
     if config.train:
-        dtype = _saved_dtype(_base_folder(config, inputs))
+        dtype = saved_dtype(_base_folder(config, inputs))
         records = _fit(scorer, train, sharpness, config, dtype, runtime)
         scorer.backbone.to(dtype)
     scores = scorer.score(*held_out.texts(), runtime.micro_batch).view(len(held_out), 2, len(heads)).numpy()
@@ -209,7 +209,3 @@ def _fit(
 
 def _longest(texts: Sequence[EncodedText]) -> int:
     return max(sum(map(len, text)) for text in texts)
-
-
-def _saved_dtype(folder: Path) -> torch.dtype:
-    return getattr(torch, read_model_config(folder).get("dtype") or "float32")

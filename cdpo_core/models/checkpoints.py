@@ -7,9 +7,12 @@ import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cdpo_core.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -92,6 +95,13 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError("config.json holds no object", where=str(path), fix=fix)
     return config
+
+
+def saved_dtype(folder: Path) -> torch.dtype:
+    """The number format that a model folder's weights were saved in; float32 where it does not say."""
+    import torch
+
+    return getattr(torch, read_model_config(folder).get("dtype") or "float32")
 
 
 def weight_files(folder: Path) -> list[Path]:
