@@ -148,7 +148,7 @@ class DualConfig(Section):
     update: Literal["newton", "ascent", "offline"] = Field("newton", description="`newton` is safeguarded by a bracket, `ascent` is the paper's projected step, `offline` trusts the first estimate.", json_schema_extra={"position": 0})
     start: Literal["corrected", "offline", "zero"] = Field("corrected", description="First lambda: `offline` is solved on the reference samples; `corrected` too, at the pull to the reference that the policy trained at lambda 0 shows; `zero` as in the paper.", json_schema_extra={"position": 1})
     step: float = Field(0.5, gt=0, description="Step size of `ascent` (lambda per cost unit of violation).", json_schema_extra={"position": 2})
-    rounds: int = Field(4, ge=1, le=100, description="Most rounds of training.", json_schema_extra={"position": 3})
+    rounds: int = Field(4, ge=1, le=100, description="Most rounds of training (dpo.conditional, which trains once, may measure more often).", json_schema_extra={"position": 3})
     lambda_max: float = Field(20.0, gt=0, description="Largest lambda tried before a limit is called infeasible (units of reward per unit of cost).", json_schema_extra={"position": 4})
     warm_start: Literal["unconstrained", "previous", "none"] = Field("unconstrained", description="A round starts from the policy trained at lambda 0 (`unconstrained`), from the round before (`previous`), or from the reference (`none`).", json_schema_extra={"position": 5})
     warm_steps: float = Field(0.7, gt=0, le=1, description="Share of dpo.steps that a round takes which does not start from the reference.", json_schema_extra={"position": 6})

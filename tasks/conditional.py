@@ -13,6 +13,8 @@ from tasks.workbench import Workbench
 
 # A conditional policy learns lambda up to where the reference samples' costs are this near to their floor (1: there).
 REACH = 0.85
+# Its rounds are measurements without a training, so that a target is not missed for want of them.
+ROUNDS = 12
 CONDITIONAL_STAGE = "policy for every λ"
 
 
@@ -49,3 +51,9 @@ def largest_lambda(bench: Workbench, dual: OfflineDual) -> float:
     """The largest lambda that a round may have; no limit enters it, so that all limits share a conditional policy."""
     most = bench.config.dual.lambda_max
     return min(dual.lambda_for_share(REACH, most), most) if bench.config.dpo.conditional else most
+
+
+def most_rounds(bench: Workbench) -> int:
+    """How many rounds the dual may take: dual.rounds, or more where a round trains nothing."""
+    rounds = bench.config.dual.rounds
+    return max(rounds, ROUNDS) if bench.config.dpo.conditional else rounds

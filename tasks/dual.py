@@ -19,7 +19,7 @@ from cdpo_core.dual.offline import OfflineDual
 from cdpo_core.dual.selection import Candidate, select_round
 from cdpo_core.evaluation.measure import Measured
 from cdpo_core.evaluation.metrics import paired_mean, within_prompt_covariance
-from tasks.conditional import largest_lambda
+from tasks.conditional import largest_lambda, most_rounds
 from tasks.preference_models import scorer_reports
 from tasks.records import Prepared, Scored
 from tasks.rounds import measured_from, prompt_strata
@@ -65,7 +65,7 @@ def plan_dual(bench: Workbench, prepared: Prepared, scored: Scored) -> OfflinePl
     settings = DualSettings(
         update=config.dual.update,
         step=config.dual.step,
-        rounds=config.dual.rounds,
+        rounds=most_rounds(bench),
         lambda_max=most,
         target=tuple(target.tolist()),
         limit=tuple(limits.tolist()),
