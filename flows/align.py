@@ -35,8 +35,8 @@ class Alignment:
             out of reach.
         reason: one sentence.
         unconstrained: the policy trained at lambda 0, where the rounds needed it.
-        chosen: index into `rounds` and `policies`; the round with the most reward among those that
-            the certificate would pass, else the one with the lowest bound.
+        chosen: index into `rounds` and `policies`; the round on target, else the one with the most reward
+            among those that the certificate would pass, else the one with the lowest bound.
     """
 
     plan: OfflinePlan

@@ -189,6 +189,16 @@ def test_the_effective_beta_stays_within_its_bounds() -> None:
     assert dual.effective_beta(0.0) == dual.effective_beta(-99.0) == WEAKEST * BETA
 
 
+@pytest.mark.parametrize("m", [1, 2])
+def test_the_multiplier_for_a_share_of_the_way_to_the_floor(m: int) -> None:
+    dual = Toy(m).all_samples()
+    found = dual.lambda_for_share(0.5, 50.0)
+    loosest, floor = dual.expected(np.zeros(m)).costs, dual.floor()
+    reached = np.array([dual.expected(found * np.eye(m)[i]).costs[i] for i in range(m)])
+    assert min((loosest - reached) / (loosest - floor)) == pytest.approx(0.5, abs=0.02), "every cost comes that far"
+    assert dual.lambda_for_share(0.5, 0.01) == 0.01
+
+
 def test_the_price_of_limits_falls_with_them_and_marks_what_is_out_of_reach() -> None:
     dual = Toy().all_samples()
     rows = dual.price_of_limits(np.array([0.0]), 20.0, 6)
