@@ -20,7 +20,7 @@ from tasks.evaluation import exact_floor
 from tasks.journal import Journal
 from tasks.prefect_patience import ends_when_there
 from tasks.records import Prepared, Scored
-from tasks.rounds import measure_policy
+from tasks.rounds import at, measure_policy
 from tasks.workbench import Workbench
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def _unconstrained(bench: Workbench, prepared: Prepared, scored: Scored, plan: O
     dual, zeros = bench.config.dual, (0.0,) * len(bench.names)
     if dual.start != "corrected" and dual.warm_start != "unconstrained":
         return None
-    policy = policy_at(bench, prepared, scored, plan.dual, zeros)
+    policy = policy_at(bench, prepared, scored, zeros, plan.settings.lambda_max)
     return Unconstrained(policy, _on_selection(bench, prepared, scored, policy, zeros))
 
 
@@ -148,15 +148,15 @@ def _trained(
     previous = earlier[-1] if earlier and start == "previous" else None
     if unconstrained is not None and start == "unconstrained":
         previous = unconstrained.policy
-    policy = policy_at(bench, prepared, scored, plan.dual, lambda_, previous)
+    policy = policy_at(bench, prepared, scored, lambda_, plan.settings.lambda_max, previous)
     return policy, _on_selection(bench, prepared, scored, policy, lambda_)
 
 
 def _on_selection(
     bench: Workbench, prepared: Prepared, scored: Scored, policy: ArtifactRef, lambda_: tuple[float, ...]
 ) -> Measured:
-    label = "selection at λ = " + ", ".join(f"{value:g}" for value in lambda_)
-    return measure_policy(bench, prepared, scored, policy, "selection", bench.config.sampling.selection, label)
+    samples, label = bench.config.sampling.selection, f"selection {at(lambda_)}"
+    return measure_policy(bench, prepared, scored, policy, "selection", samples, label)
 
 
 def _below_floor(floor: list[float]) -> str:

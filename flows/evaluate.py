@@ -43,7 +43,7 @@ def evaluate(bench: Workbench, prepared: Prepared, scored: Scored, alignment: Al
     if policy is not None and alignment.status != "infeasible":
         certified = certify_policy(bench, prepared, scored, policy)
     unconstrained = alignment.unconstrained or policy_at(
-        bench, prepared, scored, alignment.plan.dual, [0.0] * len(bench.names)
+        bench, prepared, scored, [0.0] * len(bench.names), alignment.plan.settings.lambda_max
     )
     policies = {REFERENCE: prepared.reference, UNCONSTRAINED: unconstrained}
     if policy is not None:

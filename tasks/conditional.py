@@ -8,7 +8,7 @@ from cdpo_core import pipeline
 from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.dual.offline import OfflineDual
 from tasks.records import Prepared, Scored
-from tasks.rounds import round_inputs, train_policy
+from tasks.rounds import at, round_inputs, train_policy
 from tasks.workbench import Workbench
 
 # A conditional policy learns lambda up to where the reference samples' costs are this near to their floor (1: there).
@@ -22,8 +22,8 @@ def policy_at(
     bench: Workbench,
     prepared: Prepared,
     scored: Scored,
-    dual: OfflineDual,
     lambda_: Sequence[float],
+    largest: float,
     previous: ArtifactRef | None = None,
 ) -> ArtifactRef:
     """The policy at lambda: with dpo.conditional a training serves every lambda and every limit, else it has its own.
@@ -32,19 +32,17 @@ def policy_at(
         bench: of the experiment.
         prepared: its data.
         scored: its scored samples.
-        dual: the offline dual on them.
         lambda_: [m].
+        largest: of every experiment on these samples (`largest_lambda`).
         previous: a trained policy that a training of its own starts from.
     """
     if not bench.config.dpo.conditional:
         return train_policy(bench, prepared, scored, lambda_, previous)
-    names, largest = bench.names, largest_lambda(bench, dual)
-    inputs = round_inputs(bench, prepared, scored)
+    names, inputs = bench.names, round_inputs(bench, prepared, scored)
     conditional = bench.run(
         pipeline.CONDITIONAL, inputs, CONDITIONAL_STAGE, names=names, lambda_range=[largest] * len(names)
     )
-    label = "policy at λ = " + ", ".join(f"{value:g}" for value in lambda_)
-    return bench.run(pipeline.BOUND, {"conditional": conditional}, label, lambda_=list(lambda_))
+    return bench.run(pipeline.BOUND, {"conditional": conditional}, f"policy {at(lambda_)}", lambda_=list(lambda_))
 
 
 def largest_lambda(bench: Workbench, dual: OfflineDual) -> float:

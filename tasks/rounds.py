@@ -31,9 +31,15 @@ def train_policy(
     if previous is not None:
         inputs["previous"] = previous
         bench = bench.with_setting("dpo", **warm_settings(bench.config))
-    label = "policy at λ = " + ", ".join(f"{value:g}" for value in lambda_)
     weight = {} if reward_weight == 1 else {"reward_weight": reward_weight}
-    return bench.run(pipeline.ROUND, inputs, label, lambda_=list(lambda_), names=bench.names, **weight)
+    return bench.run(
+        pipeline.ROUND, inputs, f"policy {at(lambda_)}", lambda_=list(lambda_), names=bench.names, **weight
+    )
+
+
+def at(lambda_: Sequence[float]) -> str:
+    """How stages and labels name a lambda."""
+    return "at λ = " + ", ".join(f"{value:g}" for value in lambda_)
 
 
 def round_inputs(bench: Workbench, prepared: Prepared, scored: Scored) -> dict[str, ArtifactRef]:

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import nn
 
-from cdpo_core.learning.dpo import Round, load_groups, schedule_of
+from cdpo_core.learning.dpo import Round, save_trained, schedule_of, trainable
 from cdpo_core.learning.loop import fit
-from cdpo_core.models.checkpoints import saved_dtype, write_json
+from cdpo_core.models.checkpoints import write_json
 from cdpo_core.models.conditional import bound, load_embedding, new_embedding, save_embedding, told
-from cdpo_core.models.policy import load_policy, merged, save_policy, with_lora
+from cdpo_core.models.policy import load_policy, save_policy
 from cdpo_core.randomness import numpy_stream
 
 if TYPE_CHECKING:
@@ -44,28 +43,14 @@ def train_conditional(config: Slice, inputs: Mapping[str, Path], out: Path, runt
         InputError: the policy split has no prompts with enough responses.
         TrainingError: the loss is not finite.
     """
-    dtype = saved_dtype(inputs["reference"])
-    adapted = config.policy.lora_rank > 0
-    policy = load_policy(
-        inputs["reference"],
-        config_policy=config.policy,
-        device=runtime.device,
-        dtype=None if adapted else torch.float32,
-    )
-    groups = load_groups(policy, inputs, config.names, config.dpo)
-    embedding = new_embedding(policy, len(config.names), config.seed)
-    if adapted:
-        policy = with_lora(policy, config.policy.lora_rank, config.seed)
-    else:
-        policy.model.requires_grad_(True)
     steps = config.dpo.conditional_steps
+    policy, groups, dtype = trainable(inputs["reference"], config, inputs, runtime)
+    embedding = new_embedding(policy, len(config.names), config.seed)
     with told(policy.model, embedding) as at:
         rounds = EveryRound(Round(policy, groups, config, dtype, runtime.micro_batch, steps), config.lambda_range, at)
         both = nn.ModuleDict({"policy": policy.model, "lambda_embedding": embedding})
         records = fit(both, rounds.losses_at, schedule_of(config.dpo, steps), runtime, "conditional dpo")
-    policy = merged(policy)
-    policy.model.to(dtype)
-    save_policy(policy, out)
+    save_trained(policy, dtype, out)
     save_embedding(embedding, out)
     write_json(out / "training.json", {"steps": records, "lambda_range": list(config.lambda_range)})
 

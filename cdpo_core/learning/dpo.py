@@ -52,8 +52,28 @@ def train_round(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: R
         InputError: the policy split has no prompts with enough responses.
         TrainingError: the loss is not finite.
     """
-    start = inputs.get("previous", inputs["reference"])
-    dtype = saved_dtype(start)
+    steps = config.dpo.steps
+    policy, groups, dtype = trainable(inputs.get("previous", inputs["reference"]), config, inputs, runtime)
+    round_ = Round(policy, groups, config, dtype, runtime.micro_batch, steps)
+    round_.decide(config.lambda_)
+    records = fit(policy.model, round_.losses_at, schedule_of(config.dpo, steps), runtime, "dpo")
+    save_trained(policy, dtype, out)
+    write_json(out / "training.json", {"steps": records})
+
+
+def trainable(
+    start: Path, config: Slice, inputs: Mapping[str, Path], runtime: Runtime
+) -> tuple[Policy, Groups, torch.dtype]:
+    """The policy that a training starts from, what it learns from, and the number format to save it in.
+
+    All weights are trainable, in float32; with adapters only these are, on weights as they were saved.
+
+    Args:
+        start: a policy's folder.
+        config: seed, names, policy.{lora_rank, trust_remote_code}, dpo, as of `train_round`.
+        inputs: as of `train_round`.
+        runtime: device.
+    """
     adapted = config.policy.lora_rank > 0
     policy = load_policy(
         start, config_policy=config.policy, device=runtime.device, dtype=None if adapted else torch.float32
@@ -63,13 +83,14 @@ def train_round(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: R
         policy = with_lora(policy, config.policy.lora_rank, config.seed)
     else:
         policy.model.requires_grad_(True)
-    round_ = Round(policy, groups, config, dtype, runtime.micro_batch, config.dpo.steps)
-    round_.decide(config.lambda_)
-    records = fit(policy.model, round_.losses_at, schedule_of(config.dpo, config.dpo.steps), runtime, "dpo")
+    return policy, groups, saved_dtype(start)
+
+
+def save_trained(policy: Policy, dtype: torch.dtype, out: Path) -> None:
+    """Write a trained policy in its number format, adapters merged into the weights first."""
     policy = merged(policy)
     policy.model.to(dtype)
     save_policy(policy, out)
-    write_json(out / "training.json", {"steps": records})
 
 
 @dataclass(frozen=True)
