@@ -81,12 +81,56 @@ def test_continuing_does_not_repeat_the_steps_before_the_checkpoint(tmp_path: Pa
     assert min(seen) > 36
 
 
-def test_a_damaged_checkpoint_starts_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [9, 0.3, 0.6, -1])
+def test_one_flipped_bit_of_a_checkpoint_starts_the_stage_again(
+    tmp_path: Path, place: float, caplog: pytest.LogCaptureFixture
+) -> None:
     straight, again = line(), line()
     expected = fit(straight, regression(straight), SCHEDULE, Runtime(), "test")
-    (tmp_path / "checkpoint.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}")
-    assert fit(again, regression(again), SCHEDULE, Runtime(scratch=tmp_path), "test") == expected
+    halted = line()
+    with pytest.raises(Killed):
+        fit(halted, regression(halted), SCHEDULE, killed_at(40, tmp_path), "test")
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    content = bytearray(checkpoint.read_bytes())
+    content[round(place * len(content)) if isinstance(place, float) else place] ^= 1
+    checkpoint.write_bytes(content)
+    seen: list[int] = []
+    runtime = Runtime(scratch=tmp_path, progress=lambda what, done, total: seen.append(done))
+    assert fit(again, regression(again), SCHEDULE, runtime, "test") == expected
     assert torch.equal(again.weight, straight.weight)
+    assert min(seen) == 1
+    assert "is damaged" in caplog.text
+
+
+def test_of_two_checkpoints_the_later_one_is_continued(tmp_path: Path) -> None:
+    module = line()
+    with pytest.raises(Killed):
+        fit(module, regression(module), SCHEDULE, killed_at(20, tmp_path), "test")
+    (early,) = tmp_path.glob("checkpoint-*")
+    kept = early.read_bytes()
+    with pytest.raises(Killed):
+        fit(module, regression(module), SCHEDULE, killed_at(40, tmp_path), "test")
+    early.write_bytes(kept)  # a kill came before it was removed
+    seen: list[int] = []
+    runtime = Runtime(scratch=tmp_path, progress=lambda what, done, total: seen.append(done))
+    fit(line(), regression(module), SCHEDULE, runtime, "test")
+    assert min(seen) > 36
+
+
+def test_checkpoints_by_time_lie_between_records_and_continue_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = Schedule(steps=200, learning_rate=0.05, averaging=0.9)  # a record every ten steps
+    straight, halted, again = line(), line(), line()
+    expected = fit(straight, regression(straight), long, Runtime(), "test")
+    monkeypatch.setattr("cdpo_core.learning.loop.CHECKPOINT_SECONDS", 0.0)
+    with pytest.raises(Killed):
+        fit(halted, regression(halted), long, killed_at(96, tmp_path), "test")
+    seen: list[int] = []
+    runtime = Runtime(scratch=tmp_path, progress=lambda what, done, total: seen.append(done))
+    assert fit(again, regression(again), long, runtime, "test") == expected
+    assert torch.equal(again.weight, straight.weight)
+    assert seen[0] >= 95
 
 
 def test_a_loss_that_is_not_finite_is_an_error_that_names_the_step() -> None:

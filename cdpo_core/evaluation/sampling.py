@@ -16,13 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from cdpo_core.chunks import NOTHING_KEPT, Arrays, Chunks
 from cdpo_core.models.logprobs import (
     PromptPass,
     continue_pass,
     has_expandable_cache,
     last_logits,
     prompt_pass,
-    response_log_probs,
+    response_log_probs_in_chunks,
 )
 from cdpo_core.models.policy import Policy, load_policy
 from cdpo_core.randomness import numpy_stream
@@ -76,6 +77,7 @@ def sample(
     max_new_tokens: int = 0,
     micro_batch: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
+    chunks: Chunks = NOTHING_KEPT,
 ) -> list[list[SampledResponse]]:
     """Draw k responses for each prompt.
 
@@ -93,26 +95,33 @@ def sample(
         max_new_tokens: most tokens, EOS included; 0 takes the policy's max_response_tokens.
         micro_batch: most responses in one batch, rounded up to whole prompts; 0 takes 512.
         progress: called with ("sampling", responses done, responses in all).
+        chunks: where finished batches are kept and found again.
 
     Returns:
         For each prompt, in the order given, its k responses.
     """
     length = max_new_tokens or policy.max_response_tokens
-    results: list[list[SampledResponse]] = [[] for _ in prompt_tokens]
     # Prompts of one length need no padding.
     order = sorted(range(len(prompt_tokens)), key=lambda i: len(prompt_tokens[i]))
     step = -(-(micro_batch or DEFAULT_BATCH) // k)
     draw = _draw_cached if has_expandable_cache(policy.model) else _draw_plain
-    for start in range(0, len(order), step):
-        batch = order[start : start + step]
+
+    def drawn(batch: list[int]) -> dict[str, np.ndarray]:
         uniforms = np.concatenate([numpy_stream(*seed_stream, prompt_ids[i]).random((k, length)) for i in batch])
         drawing = _Drawing(policy, torch.from_numpy(uniforms).to(policy.device), temperature)
         draw(policy, [prompt_tokens[i] for i in batch], k, drawing)
-        drawn = drawing.responses()
-        for place, i in enumerate(batch):
-            results[i] = drawn[place * k : (place + 1) * k]
+        return drawing.arrays()
+
+    def report(batches_done: int) -> None:
         if progress is not None:
-            progress("sampling", (start + len(batch)) * k, len(order) * k)
+            progress("sampling", min(batches_done * step, len(order)) * k, len(order) * k)
+
+    batches = [order[start : start + step] for start in range(0, len(order), step)]
+    results: list[list[SampledResponse]] = [[] for _ in prompt_tokens]
+    for batch, arrays in zip(batches, chunks.compute(batches, drawn, report, [k, length]), strict=True):
+        responses = _responses(arrays)
+        for place, i in enumerate(batch):
+            results[i] = responses[place * k : (place + 1) * k]
     return results
 
 
@@ -157,13 +166,18 @@ class _Drawing:
         self.rows = self.rows[places]
         return places
 
-    def responses(self) -> list[SampledResponse]:
-        """All rows' responses."""
-        columns = (self.tokens, self.lengths, self.finished, self.log_probs.sum(1))
-        return [
-            SampledResponse(tokens[:length], finished, log_prob)
-            for tokens, length, finished, log_prob in zip(*(column.tolist() for column in columns), strict=True)
-        ]
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All rows: tokens [N, length], lengths [N], finished [N], log_probs [N] float64."""
+        columns = {"tokens": self.tokens, "lengths": self.lengths, "finished": self.finished}
+        return {name: column.cpu().numpy() for name, column in {**columns, "log_probs": self.log_probs.sum(1)}.items()}
+
+
+def _responses(arrays: Arrays) -> list[SampledResponse]:
+    columns = (arrays[name].tolist() for name in ("tokens", "lengths", "finished", "log_probs"))
+    return [
+        SampledResponse(tokens[:length], finished, log_prob)
+        for tokens, length, finished, log_prob in zip(*columns, strict=True)
+    ]
 
 
 def _draw_cached(policy: Policy, prompts: list[Sequence[int]], k: int, drawing: _Drawing) -> None:
@@ -204,7 +218,7 @@ def sample_responses(config: Slice, inputs: Mapping[str, Path], out: Path, runti
             is not the reference itself, reference.
         out: gets responses.parquet: prompt_id, sample, response, tokens, finished, log_prob and
             ref_log_prob (nats at temperature 1, float64), prompts in the data's order.
-        runtime: device, micro_batch (responses), progress.
+        runtime: device, micro_batch (responses), scratch, progress.
     """
     prompts = _prompts_of(config.split, inputs)
     policy = load_policy(inputs["policy"], config_policy=config.policy, device=runtime.device)
@@ -218,16 +232,22 @@ def sample_responses(config: Slice, inputs: Mapping[str, Path], out: Path, runti
         temperature=config.sampling.temperature,
         micro_batch=runtime.micro_batch,
         progress=runtime.progress,
+        chunks=Chunks(runtime.scratch, "sampling"),
     )
     log_probs = np.array([[response.log_prob for response in group] for group in groups])
     ref_log_probs = log_probs
     if "reference" in inputs:
         reference = load_policy(inputs["reference"], config_policy=config.policy, device=runtime.device)
         drawn = [[response.tokens for response in group] for group in groups]
-        with torch.no_grad():
-            batch = runtime.micro_batch or DEFAULT_BATCH
-            sums = response_log_probs(reference.model, prompt_tokens, drawn, reference.pad_id, batch)
-        ref_log_probs = sums.cpu().numpy()
+        ref_log_probs = response_log_probs_in_chunks(
+            reference.model,
+            prompt_tokens,
+            drawn,
+            reference.pad_id,
+            runtime.micro_batch or DEFAULT_BATCH,
+            Chunks(runtime.scratch, "reference"),
+            lambda done, total: runtime.progress("reference log-probs", done, total),
+        )
     _write(out / "responses.parquet", policy, prompts["prompt_id"].tolist(), groups, ref_log_probs.ravel())
 
 

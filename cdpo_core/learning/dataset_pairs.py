@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
+from cdpo_core.chunks import Chunks
 from cdpo_core.evaluation.sampling import DEFAULT_BATCH, RESPONSES_SCHEMA
-from cdpo_core.models.logprobs import response_log_probs
+from cdpo_core.models.logprobs import response_log_probs_in_chunks
 from cdpo_core.models.policy import load_policy
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def dataset_responses(config: Slice, inputs: Mapping[str, Path], out: Path, runt
         inputs: data (preferences, prompts), reference (policy).
         out: gets responses.parquet as `sampling.sample_responses` writes it: the i-th pair of a prompt is its
             samples 2i and 2i + 1; log_prob and ref_log_prob are both log π_ref (nats, float64).
-        runtime: device, micro_batch (responses), progress.
+        runtime: device, micro_batch (responses), scratch, progress.
     """
     pairs = pd.read_parquet(inputs["data"] / "preferences.parquet", columns=["prompt_id", "response_0", "response_1"])
     pairs = pairs.sort_values("prompt_id", kind="stable")
@@ -40,19 +40,15 @@ def dataset_responses(config: Slice, inputs: Mapping[str, Path], out: Path, runt
     prompts = reference.encode_prompts(texts.loc[pairs["prompt_id"]].tolist())
     flat = pairs[["response_0", "response_1"]].to_numpy().ravel().tolist()
     tokens = reference.encode_responses(flat)
-    log_probs: list[float] = []
-    step = max((runtime.micro_batch or DEFAULT_BATCH) // 2, 1)
-    for start in range(0, len(prompts), step):
-        places = range(start, min(start + step, len(prompts)))
-        with torch.no_grad():
-            sums = response_log_probs(
-                reference.model,
-                [prompts[place] for place in places],
-                [tokens[2 * place : 2 * place + 2] for place in places],
-                reference.pad_id,
-            )
-        log_probs += sums.cpu().ravel().tolist()
-        runtime.progress("log-probs of the pairs", places.stop, len(prompts))
+    log_probs = response_log_probs_in_chunks(
+        reference.model,
+        prompts,
+        [tokens[2 * place : 2 * place + 2] for place in range(len(prompts))],
+        reference.pad_id,
+        runtime.micro_batch or DEFAULT_BATCH,
+        Chunks(runtime.scratch, "pairs"),
+        lambda done, total: runtime.progress("log-probs of the pairs", done, total),
+    ).ravel()
     numbers = pairs.groupby("prompt_id").cumcount().to_numpy()
     columns = {
         "prompt_id": pairs["prompt_id"].repeat(2).tolist(),

@@ -7,10 +7,9 @@ the same bytes as one that was never stopped (same device, same number of thread
 from __future__ import annotations
 
 import json
-import logging
 import math
-import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from cdpo_core.errors import TrainingError
+from cdpo_core.sealed import sealed_files, write_sealed
 
 if TYPE_CHECKING:
     from cdpo_core.stages import Runtime
 
-log = logging.getLogger(__name__)
-
 Metrics = Mapping[str, Tensor]
+STEM = "checkpoint"
 MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
 # Muon's steps are scaled to the size of AdamW's, whatever the width; being better conditioned, they may be larger.
 MUON_RATE = 2.0
 # A run writes about this many records and checkpoints, and reports its progress about as often times five.
 RECORDS, REPORTS = 20, 100
+# Between two of these checkpoints, another as soon as so much work could be lost.
+CHECKPOINT_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,11 @@ def fit(
     optimizers = _optimizers(parameters, schedule)
     averages = [value.detach().clone() for value in values] if schedule.averaging else []
     checkpoint = Checkpoint(runtime.scratch, parameters, optimizers, averages)
-    start, records = checkpoint.load()
-    window: dict[str, float] = {}
+    start, records, window = checkpoint.load()
     record_every, report_every = -(-schedule.steps // RECORDS), -(-schedule.steps // REPORTS)
+    if start:
+        runtime.progress(stage, start, schedule.steps)
+    saved = time.monotonic()
     for step in range(start, schedule.steps):
         for name, value in _train_step(losses_at(step), values, optimizers, schedule, step, stage).items():
             window[name] = window.get(name, 0.0) + value
@@ -109,7 +112,11 @@ def fit(
             count = done - (records[-1]["step"] if records else 0)
             records.append({"step": done, **{name: value / count for name, value in window.items()}})
             window = {}
-            checkpoint.save(done, records)
+            checkpoint.save(done, records, window)
+            saved = time.monotonic()
+        elif time.monotonic() - saved >= CHECKPOINT_SECONDS:
+            checkpoint.save(done, records, window)
+            saved = time.monotonic()
         if done % report_every == 0 or done == schedule.steps:
             runtime.progress(stage, done, schedule.steps)
     with torch.no_grad():
@@ -174,10 +181,10 @@ class Checkpoint:
     """Weights, moments, averages, step and records in one file, replaced as a whole.
 
     The step and the records travel in the safetensors header, so that they cannot disagree with the
-    tensors after a kill between two writes.
+    tensors after a kill between two writes; a checksum over both is the file's name (`cdpo_core.sealed`).
 
     Attributes:
-        folder: where `checkpoint.safetensors` lies; None keeps no checkpoints.
+        folder: where `checkpoint-<sha256>.safetensors` lies; None keeps no checkpoints.
     """
 
     folder: Path | None
@@ -185,39 +192,43 @@ class Checkpoint:
     optimizers: Sequence[torch.optim.Optimizer]
     averages: list[Tensor]
 
-    def save(self, step: int, records: list[dict[str, Any]]) -> None:
-        """Write the state after `step` steps."""
+    def save(self, step: int, records: list[dict[str, Any]], window: Mapping[str, float]) -> None:
+        """Write the state after `step` steps; `window` holds the sums of the steps since the last record."""
         from safetensors.torch import save_file
 
         if self.folder is None:
             return
         tensors = {name: tensor.detach().contiguous() for name, tensor in self._tensors().items()}
-        partial = self.folder / "checkpoint.partial"
-        save_file(tensors, partial, metadata={"state": json.dumps({"step": step, "records": records})})
-        os.replace(partial, self.folder / "checkpoint.safetensors")
+        state = json.dumps({"step": step, "records": records, "window": window})
+        kept = write_sealed(self.folder, STEM, lambda path: save_file(tensors, path, metadata={"state": state}))
+        for old in self.folder.glob(f"{STEM}-*"):
+            if old != kept:
+                old.unlink()
 
-    def load(self) -> tuple[int, list[dict[str, Any]]]:
-        """Put the last state back; returns (steps done, records), (0, []) when there is none to continue."""
-        from safetensors import SafetensorError, safe_open
+    def load(self) -> tuple[int, list[dict[str, Any]], dict[str, float]]:
+        """Put the last state back; returns (steps done, records, window), (0, [], {}) if there is none to continue."""
+        from safetensors import safe_open
 
-        path = self.folder / "checkpoint.safetensors" if self.folder else None
-        if path is None or not path.is_file():
-            return 0, []
-        try:
+        last = None
+        for path in sealed_files(self.folder, STEM) if self.folder is not None else ():
             with safe_open(path, framework="pt") as file:
                 state = json.loads(file.metadata()["state"])
-                saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file, no dict)
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("the checkpoint %s cannot be read (%s): the stage starts again", path, error)
-            return 0, []
+                # Two files are there when a kill came between writing one and removing the one before.
+                if last is None or state["step"] > last["step"]:
+                    last, saved = state, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file)
+        if last is None:
+            return 0, [], {}
+        self._put_back(saved, last["step"])
+        return int(last["step"]), last["records"], last["window"]
+
+    def _put_back(self, saved: Mapping[str, Tensor], step: int) -> None:
         for _, weight, optimizer, moments in self._optimized():
             optimizer.state[weight] = {moment: torch.zeros_like(weight) for moment in moments}
             if isinstance(optimizer, torch.optim.AdamW):
-                optimizer.state[weight]["step"] = torch.tensor(float(state["step"]), device=weight.device)
+                optimizer.state[weight]["step"] = torch.tensor(float(step), device=weight.device)
         with torch.no_grad():
             for name, tensor in self._tensors().items():
                 tensor.copy_(saved[name])
-        return int(state["step"]), state["records"]
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}

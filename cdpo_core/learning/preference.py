@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from cdpo_core.chunks import Chunks
 from cdpo_core.errors import InputError
 from cdpo_core.learning.batches import Epochs, cut_into_passes, neighbours_order, scorer_pass_tokens
 from cdpo_core.learning.calibration import calibration, scorer_report
@@ -84,7 +85,9 @@ def train_scorers(config: Slice, inputs: Mapping[str, Path], out: Path, runtime:
         dtype = saved_dtype(_base_folder(config, inputs))
         records = _fit(scorer, train, sharpness, config, dtype, runtime)
         scorer.backbone.to(dtype)
-    scores = scorer.score(*held_out.texts(), runtime.micro_batch).view(len(held_out), 2, len(heads)).numpy()
+    kept = Chunks(runtime.scratch, "held-out")
+    found = scorer.score(*held_out.texts(), runtime.micro_batch, chunks=kept)
+    scores = found.view(len(held_out), 2, len(heads)).numpy()
     if config.train:
         scale, shift = calibration(scores, held_out.higher, held_out.unsafe, sharpness)
         scorer.scale.copy_(torch.from_numpy(scale))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from cdpo_core.chunks import Chunks
 from cdpo_core.errors import InputError
 from cdpo_core.models.scorer import load_scorer
 from cdpo_core.tables import write_table
@@ -26,7 +27,7 @@ def score_responses(config: Slice, inputs: Mapping[str, Path], out: Path, runtim
             together a head `reward` and one for each constraint.
         out: gets scores.parquet: prompt_id, sample, reward, cost_<name> (float64, calibrated units),
             rows as in responses.parquet.
-        runtime: device, micro_batch (texts), progress.
+        runtime: device, micro_batch (texts), scratch, progress.
 
     Raises:
         InputError: no scorer has a head of a needed name, or the world knows no such cost.
@@ -46,11 +47,14 @@ def _learned(
 ) -> dict[str, np.ndarray]:
     prompts = pd.read_parquet(inputs["data"] / "prompts.parquet").set_index("prompt_id")["prompt"]
     texts = (prompts.loc[responses["prompt_id"]].tolist(), responses["response"].tolist())
-    folders = [inputs[name] for name in sorted(inputs) if name.startswith("scorers_")]
     values: dict[str, np.ndarray] = {}
-    for folder in folders:
-        scorer = load_scorer(folder, runtime.device)
-        scores = scorer.score(*texts, runtime.micro_batch, lambda done, total: runtime.progress("scores", done, total))
+
+    def progress(done: int, total: int) -> None:
+        runtime.progress("scores", done, total)
+
+    for part in sorted(name for name in inputs if name.startswith("scorers_")):
+        scorer = load_scorer(inputs[part], runtime.device)
+        scores = scorer.score(*texts, runtime.micro_batch, progress, Chunks(runtime.scratch, part))
         values |= {name: scores[:, index].numpy() for index, name in enumerate(scorer.names)}
     missing = {"reward", *(item["name"] for item in config.constraints)} - set(values)
     if missing:

@@ -6,17 +6,21 @@ are then expanded over the K responses, so the prompt's part of the work is done
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
     from transformers import DynamicCache, PreTrainedModel
+
+    from cdpo_core.chunks import Chunks
 
 Tokens = Sequence[int]
 
@@ -48,9 +52,7 @@ def response_log_probs(
     """
     size = _group_size(prompts, responses)
     grouped = has_expandable_cache(model)
-    # Groups of like length share a batch, which leaves little to pad.
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), max(map(len, responses[i]))))
-    step = -(-micro_batch // size) if micro_batch else max(len(order), 1)
+    order, step = _in_order(prompts, responses), -(-micro_batch // size) if micro_batch else max(len(prompts), 1)
     chunks = []
     for start in range(0, len(order), step):
         chunk = order[start : start + step]
@@ -62,6 +64,47 @@ def response_log_probs(
     if not chunks:
         return torch.zeros(0, size, dtype=torch.float64, device=model.device)
     return torch.cat(chunks)[_inverse(order, model.device)]
+
+
+@torch.no_grad()
+def response_log_probs_in_chunks(
+    model: PreTrainedModel,
+    prompts: Sequence[Tokens],
+    responses: Sequence[Sequence[Tokens]],
+    pad_id: int,
+    micro_batch: int,
+    chunks: Chunks,
+    progress: Callable[[int, int], None],
+) -> NDArray[np.float64]:
+    """What `response_log_probs` returns, without gradient, its finished batches kept: [P, K] float64 nats.
+
+    Args:
+        model, prompts, responses, pad_id: as there.
+        micro_batch: as there, at least 1.
+        chunks: where finished batches are kept and found again.
+        progress: called with (prompts done, P).
+
+    Raises:
+        ValueError: as `response_log_probs`.
+    """
+    size = _group_size(prompts, responses)
+    order, step = _in_order(prompts, responses), -(-micro_batch // max(size, 1))
+    batches = [order[start : start + step] for start in range(0, len(order), step)]
+
+    def sums(batch: list[int]) -> dict[str, np.ndarray]:
+        found = response_log_probs(model, [prompts[i] for i in batch], [responses[i] for i in batch], pad_id)
+        return {"sums": found.cpu().numpy()}
+
+    result = np.zeros((len(prompts), size))
+    found = chunks.compute(batches, sums, lambda done: progress(min(done * step, len(order)), len(order)))
+    for batch, arrays in zip(batches, found, strict=True):
+        result[batch] = arrays["sums"]
+    return result
+
+
+def _in_order(prompts: Sequence[Tokens], responses: Sequence[Sequence[Tokens]]) -> list[int]:
+    """Groups of like length share a batch, which leaves little to pad."""
+    return sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), max(map(len, responses[i]))))
 
 
 def token_log_probs(model: PreTrainedModel, prompt: Tokens, response: Tokens) -> Tensor:

@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
+from cdpo_core.chunks import NOTHING_KEPT, Chunks
 from cdpo_core.errors import InputError
 from cdpo_core.models.checkpoints import (
     check_model_folder,
@@ -128,6 +130,7 @@ class Scorer(nn.Module):
         responses: Sequence[str],
         micro_batch: int = 0,
         progress: Callable[[int, int], None] | None = None,
+        chunks: Chunks = NOTHING_KEPT,
     ) -> Tensor:
         """Calibrated scores [N, heads] float64 on the CPU of N texts; equal texts are read once.
 
@@ -136,6 +139,7 @@ class Scorer(nn.Module):
             responses: N responses.
             micro_batch: most texts in one forward pass; 0 fills a fixed number of tokens.
             progress: called with (texts done, distinct texts).
+            chunks: where finished batches are kept and found again.
         """
         places: dict[tuple[str, str], int] = {}
         inverse = [places.setdefault(pair, len(places)) for pair in zip(prompts, responses, strict=True)]
@@ -143,13 +147,18 @@ class Scorer(nn.Module):
         scores = torch.zeros(len(texts), len(self.names), dtype=torch.float64)
         # A prompt's texts stay together and share its pass; like lengths leave little to pad.
         order = sorted(range(len(texts)), key=lambda i: (len(texts[i][0]), texts[i][0], len(texts[i][1])))
-        start = 0
-        while start < len(order):
-            batch = _next_batch(order, start, texts, micro_batch)
-            scores[batch] = self.calibrated(self([texts[i] for i in batch])).cpu()
-            start += len(batch)
+        batches = _batches(order, texts, micro_batch)
+        ends = np.cumsum([0, *map(len, batches)])
+
+        def scored(batch: list[int]) -> dict[str, np.ndarray]:
+            return {"scores": self.calibrated(self([texts[i] for i in batch])).cpu().numpy()}
+
+        def report(batches_done: int) -> None:
             if progress is not None:
-                progress(start, len(order))
+                progress(int(ends[batches_done]), len(order))
+
+        for batch, arrays in zip(batches, chunks.compute(batches, scored, report), strict=True):
+            scores[batch] = torch.from_numpy(arrays["scores"])
         return scores[inverse]
 
     def _shared_prompt_hidden(self, texts: Sequence[EncodedText]) -> Tensor:
@@ -193,6 +202,16 @@ def _each_once(encode: Callable[[list[str]], list[list[int]]], texts: Sequence[s
     """Tokens of each distinct text; prompts, and on small grammars responses, come many times."""
     distinct = list(dict.fromkeys(texts))
     return {text: tuple(tokens) for text, tokens in zip(distinct, encode(distinct), strict=True)}
+
+
+def _batches(order: Sequence[int], texts: Sequence[EncodedText], micro_batch: int) -> list[list[int]]:
+    """The texts in order, cut into passes."""
+    batches: list[list[int]] = []
+    start = 0
+    while start < len(order):
+        batches.append(_next_batch(order, start, texts, micro_batch))
+        start += len(batches[-1])
+    return batches
 
 
 def _next_batch(order: Sequence[int], start: int, texts: Sequence[EncodedText], micro_batch: int) -> list[int]:

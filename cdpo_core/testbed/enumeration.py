@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cdpo_core.chunks import NOTHING_KEPT, Chunks
 from cdpo_core.errors import InputError
 from cdpo_core.models.logprobs import has_expandable_cache, pad_right, prompt_pass, response_log_probs
 from cdpo_core.testbed.trie import Block, Trie, build_trie, plan_blocks
@@ -37,7 +38,12 @@ def _silent(done: int, total: int) -> None:
 
 @torch.no_grad()
 def grammar_log_probs(
-    policy: Policy, prompts: Sequence[str], world: World, micro_batch: int = 0, progress: Progress = _silent
+    policy: Policy,
+    prompts: Sequence[str],
+    world: World,
+    micro_batch: int = 0,
+    progress: Progress = _silent,
+    chunks: Chunks = NOTHING_KEPT,
 ) -> NDArray[np.float64]:
     """log π(y|x) in nats of every response, EOS included: [P, R] float64, not renormalised.
 
@@ -47,30 +53,34 @@ def grammar_log_probs(
         world: whose R responses are enumerated.
         micro_batch: most responses in one pass, rounded up to whole prompts; 0 chooses.
         progress: called with (prompts done, P).
+        chunks: where finished passes are kept and found again.
 
     Raises:
         InputError: policy.max_response_tokens is too short for the grammar.
     """
     responses = _whole_responses(policy.encode_responses(world.responses), policy.eos_id)
     encoded = policy.encode_prompts(prompts)
-    result = np.empty((len(prompts), len(responses)))
     trie = build_trie(responses)
     blocks = _on_device(plan_blocks(trie, with_leaves=False), policy.device)
     shared = has_expandable_cache(policy.model)
-    for chunk in _chunks(encoded, len(responses), micro_batch):
+
+    def values(chunk: list[int]) -> Tensor:
         tokens = [encoded[i] for i in chunk]
         if shared:
-            values = _tree_log_probs(policy, tokens, trie, blocks)
-        else:
-            values = response_log_probs(policy.model, tokens, [responses] * len(tokens), policy.pad_id, micro_batch)
-        result[chunk] = values.double().cpu().numpy()
-        progress(min(len(prompts), chunk[-1] + 1), len(prompts))
-    return result
+            return _tree_log_probs(policy, tokens, trie, blocks)
+        return response_log_probs(policy.model, tokens, [responses] * len(tokens), policy.pad_id, micro_batch)
+
+    return _by_pass(values, _passes_of(encoded, len(responses), micro_batch), (len(responses),), progress, chunks)
 
 
 @torch.no_grad()
 def grammar_scores(
-    scorer: Scorer, prompts: Sequence[str], world: World, micro_batch: int = 0, progress: Progress = _silent
+    scorer: Scorer,
+    prompts: Sequence[str],
+    world: World,
+    micro_batch: int = 0,
+    progress: Progress = _silent,
+    chunks: Chunks = NOTHING_KEPT,
 ) -> NDArray[np.float64]:
     """Calibrated scores of every response: [P, R, heads] float64, heads in the order of scorer.names.
 
@@ -80,17 +90,37 @@ def grammar_scores(
     count = len(world.responses)
     if not shared:
         pairs = [(prompt, response) for prompt in prompts for response in world.responses]
-        values = scorer.score([prompt for prompt, _ in pairs], [response for _, response in pairs], micro_batch)
+        texts = [prompt for prompt, _ in pairs], [response for _, response in pairs]
+        values = scorer.score(*texts, micro_batch, chunks=chunks)
         return values.view(len(prompts), count, -1).numpy()
     responses = _whole_responses(scorer.writer.encode_responses(world.responses), scorer.writer.eos_id)
     encoded = scorer.writer.encode_prompts(prompts)
     trie = build_trie(responses)
     blocks = _on_device(plan_blocks(trie, with_leaves=True), scorer.heads.weight.device)
-    result = np.empty((len(prompts), count, len(scorer.names)))
-    for chunk in _chunks(encoded, count, micro_batch):
-        raw = _tree_scores(scorer, [encoded[i] for i in chunk], trie, blocks)
-        result[chunk] = scorer.calibrated(raw).cpu().numpy()
-        progress(min(len(prompts), chunk[-1] + 1), len(prompts))
+
+    def scores(chunk: list[int]) -> Tensor:
+        return scorer.calibrated(_tree_scores(scorer, [encoded[i] for i in chunk], trie, blocks))
+
+    return _by_pass(scores, _passes_of(encoded, count, micro_batch), (count, len(scorer.names)), progress, chunks)
+
+
+def _by_pass(
+    values: Callable[[list[int]], Tensor],
+    passes: list[list[int]],
+    shape: tuple[int, ...],
+    progress: Progress,
+    chunks: Chunks,
+) -> NDArray[np.float64]:
+    """[P, *shape]: the values of every prompt, pass by pass."""
+    ends = np.cumsum([0, *map(len, passes)])
+    result = np.empty((int(ends[-1]), *shape))
+    found = chunks.compute(
+        passes,
+        lambda chunk: {"values": values(chunk).double().cpu().numpy()},
+        lambda done: progress(int(ends[done]), len(result)),
+    )
+    for chunk, arrays in zip(passes, found, strict=True):
+        result[chunk] = arrays["values"]
     return result
 
 
@@ -193,12 +223,11 @@ def _whole_responses(responses: list[list[int]], eos: int) -> list[list[int]]:
     return responses
 
 
-def _chunks(prompts: Sequence[Sequence[int]], responses: int, micro_batch: int) -> Iterator[list[int]]:
+def _passes_of(prompts: Sequence[Sequence[int]], responses: int, micro_batch: int) -> list[list[int]]:
     """Prompts of one pass each, of like length."""
     size = -(-(micro_batch or RESPONSES_PER_PASS) // responses)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def _on_device(blocks: list[Block], device: torch.device) -> list[Block]:

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file, save_file
 
+from cdpo_core.chunks import Chunks
 from cdpo_core.data.splits import alike_order
 from cdpo_core.errors import InputError
 from cdpo_core.models.policy import load_policy
@@ -43,7 +44,7 @@ def enumerate_reference(config: Slice, inputs: Mapping[str, Path], out: Path, ru
             float64 nats, not renormalised; scores [P, R, heads] float32, calibrated units), heads.json
             (names of the scores) and floor.json: the lowest mean of each true cost that any policy can
             reach on the prompts that no training saw.
-        runtime: device, micro_batch (responses), progress.
+        runtime: device, micro_batch (responses), scratch, progress.
     """
     world = World.load(inputs["data"] / "world.json")
     prompts = pd.read_parquet(inputs["data"] / "prompts.parquet")
@@ -55,14 +56,17 @@ def enumerate_reference(config: Slice, inputs: Mapping[str, Path], out: Path, ru
     def progress(done: int, total: int) -> None:
         runtime.progress("enumeration", done, total)
 
+    def kept(part: str) -> Chunks:
+        return Chunks(runtime.scratch, part)
+
     names: list[str] = []
     scores = [np.empty((len(texts), len(world.responses), 0))]
     for name in sorted(name for name in inputs if name.startswith("scorers_")):
         scorer = load_scorer(inputs[name], runtime.device)
-        scores.append(grammar_scores(scorer, texts, world, runtime.micro_batch, progress))
+        scores.append(grammar_scores(scorer, texts, world, runtime.micro_batch, progress, kept(name)))
         names += scorer.names
     write_table(judged, out / "judged.parquet")
-    log_ref = grammar_log_probs(reference, texts, world, runtime.micro_batch, progress)
+    log_ref = grammar_log_probs(reference, texts, world, runtime.micro_batch, progress, kept("reference"))
     tables = {"log_ref": log_ref, "scores": np.concatenate(scores, -1).astype(np.float32)}
     save_file(tables, out / "enumeration.safetensors")
     (out / "heads.json").write_text(json.dumps(names) + "\n")
@@ -102,7 +106,7 @@ def enumerate_policy(config: Slice, inputs: Mapping[str, Path], out: Path, runti
         config: nothing.
         inputs: data (testbed), enumeration, policy.
         out: gets log_policy.safetensors: log_policy [P, R] float64 nats, not renormalised.
-        runtime: device, micro_batch (responses), progress.
+        runtime: device, micro_batch (responses), scratch, progress.
     """
     world = World.load(inputs["data"] / "world.json")
     judged = pd.read_parquet(inputs["enumeration"] / "judged.parquet")
@@ -111,7 +115,8 @@ def enumerate_policy(config: Slice, inputs: Mapping[str, Path], out: Path, runti
     def progress(done: int, total: int) -> None:
         runtime.progress("exact policy", done, total)
 
-    log_policy = grammar_log_probs(policy, judged["prompt"].tolist(), world, runtime.micro_batch, progress)
+    prompts, kept = judged["prompt"].tolist(), Chunks(runtime.scratch, "policy")
+    log_policy = grammar_log_probs(policy, prompts, world, runtime.micro_batch, progress, kept)
     save_file({"log_policy": log_policy}, out / "log_policy.safetensors")
 
 
