@@ -95,6 +95,7 @@ def align(bench: Workbench, prepared: Prepared, scored: Scored, journal: Journal
             "reward": measured.reward().mean,
             "kl": measured.kl().mean,
             "safe_rate": measured.safe_rate(bench.names).mean,
+            "unfinished": unfinished.mean if (unfinished := measured.unfinished()) else None,
             "seconds": bench.seconds(policy),
         }
         rounds.append(round_record(len(rounds) + 1, step.lambda_, figures))

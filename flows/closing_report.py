@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from cdpo_core.evaluation.decoding import decoding_words
 from cdpo_core.evaluation.result import cost_figures, tail_figures, verdict
 from cdpo_core.evaluation.sweep_result import choice_words
 from tasks.environment import default_store
@@ -27,10 +28,11 @@ def print_result(result: Record, console: Console) -> None:
         console.print(_constraints(result))
     if result["rounds"]:
         console.print(_rounds(result))
-    lines = [*_scorers(result), *_truth(result), *_price(result), *_work(result)]
+    lines = [*_scorers(result), *_responses(result), *_truth(result), *_price(result), *_work(result)]
     _print(console, "", *lines, "")
     style = "bold green" if result["status"] == "certified" else "bold yellow"
     console.print(verdict(result), style=style, markup=False, highlight=False, soft_wrap=True)
+    _print(console, *(f"  To do: {item['fix']}" for item in result.get("instrument") or []))
     _print(console, "", *_next(result))
 
 
@@ -163,6 +165,16 @@ def _scorers(result: Record) -> list[str]:
             line += " — no better than chance, as far as this interval tells"
         lines.append(line)
     return lines
+
+
+def _responses(result: Record) -> list[str]:
+    """How the certified responses were drawn, how many of each method's were cut, and the run's warnings."""
+    decoding = (result.get("certificate") or {}).get("decoding")
+    lines = [f"Responses: {decoding_words(decoding)}"] if decoding else []
+    cut = {name: row.get("unfinished") for name, row in _by_method(result).items()}
+    if shares := [f"{name} {percent(share)}" for name, share in cut.items() if share]:
+        lines.append(f"Cut before they ended: {', '.join(shares)}")
+    return [*lines, *(f"warning: {text}" for text in result.get("warnings") or [])]
 
 
 def _truth(result: Record) -> list[str]:

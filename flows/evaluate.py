@@ -11,7 +11,15 @@ from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.evaluation.measure import Measured
 from flows.align import Alignment
 from tasks.conditional import policy_at
-from tasks.evaluation import Certified, certify_policy, enumerate_reference, has_judge, judge_policy, test_policy
+from tasks.evaluation import (
+    Certified,
+    certify_policy,
+    enumerate_reference,
+    examined,
+    has_judge,
+    judge_policy,
+    test_policy,
+)
 from tasks.prefect_patience import ends_when_there
 from tasks.records import Prepared, Scored
 from tasks.workbench import Workbench
@@ -37,7 +45,7 @@ class Evaluation:
 @flow(name="evaluate", validate_parameters=False)
 @ends_when_there
 def evaluate(bench: Workbench, prepared: Prepared, scored: Scored, alignment: Alignment) -> Evaluation:
-    """The certificate on prompts that nothing has seen, the test figures, the exact judge."""
+    """The certificate on prompts that nothing has seen, the test figures, what measured them, the exact judge."""
     policy = alignment.policy
     certified = None
     if policy is not None and alignment.status != "infeasible":
@@ -49,6 +57,9 @@ def evaluate(bench: Workbench, prepared: Prepared, scored: Scored, alignment: Al
     if policy is not None:
         policies["policy"] = policy
     test = {name: test_policy(bench, prepared, scored, item, name) for name, item in policies.items()}
+    if certified is not None:
+        baselines = {name: item for name, item in test.items() if name != "policy"}
+        certified = examined(bench, prepared, scored, certified, baselines)
     return Evaluation(certified, test, _judged(bench, prepared, scored, alignment, policy or unconstrained))
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,29 +14,50 @@ import numpy as np
 from cdpo_core import pipeline
 from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.dual.certificate import Certificate, certify
+from cdpo_core.evaluation import instrument
+from cdpo_core.evaluation.decoding import Decoding, decoding_of
+from cdpo_core.evaluation.instrument import Failure
 from cdpo_core.evaluation.measure import Measured
+from tasks.preference_models import scorer_reports
 from tasks.records import Prepared, Scored
-from tasks.rounds import measure_policy, prompt_strata
+from tasks.rounds import measure_policy, measured_from, prompt_strata
 from tasks.workbench import Workbench
 
 
 @dataclass(frozen=True)
 class Certified:
-    """One certificate for each constraint, and how many tests its prompts have been spent on."""
+    """One certificate for each constraint, and how many tests its prompts have been spent on.
+
+    Attributes:
+        names: the constraints', in the certificates' order.
+        decoding: how the responses were drawn.
+        failures: the instruments that do not measure; they take certificates away, whatever the bounds are.
+    """
 
     certificates: list[Certificate]
     measured: Measured
     spent: int
+    names: list[str]
+    decoding: Decoding
+    failures: list[Failure] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
-        """All limits hold, each tested at delta: the joint error is at most delta."""
-        return all(item.passed for item in self.certificates)
+        """All limits hold, each tested at delta: the joint error is at most delta; and every instrument measures."""
+        return all(item.passed for item in self.certificates) and not self.failures
 
     def record(self, index: int = 0) -> dict[str, Any]:
         """The certificate of one constraint as the result states it, with the scored responses it rests on."""
         evidence = [source.model_dump() for source in self.measured.sources]
-        return {**asdict(self.certificates[index]), "spent": self.spent, "evidence": evidence}
+        certificate = self.certificates[index]
+        measures = not any(failure.concerns(self.names[index]) for failure in self.failures)
+        return {
+            **asdict(certificate),
+            "passed": certificate.passed and measures,
+            "spent": self.spent,
+            "decoding": self.decoding.record(),
+            "evidence": evidence,
+        }
 
 
 def certify_policy(bench: Workbench, prepared: Prepared, scored: Scored, policy: ArtifactRef) -> Certified:
@@ -50,7 +71,45 @@ def certify_policy(bench: Workbench, prepared: Prepared, scored: Scored, policy:
         certificates_of(bench, prepared.data, scored.pool_scores, measured, limits, config.certificate.delta),
         measured,
         spent,
+        bench.names,
+        decoding_in(bench, policy),
     )
+
+
+def decoding_in(bench: Workbench, policy: ArtifactRef) -> Decoding:
+    """How the experiment draws a policy's responses."""
+    config = bench.config
+    return decoding_of(
+        bench.folder(policy),
+        config.sampling.temperature,
+        config.policy.max_response_tokens,
+        trust_remote_code=config.policy.trust_remote_code,
+    )
+
+
+def examined(
+    bench: Workbench, prepared: Prepared, scored: Scored, certified: Certified, baselines: Mapping[str, Measured]
+) -> Certified:
+    """The certificates with the instruments that failed (`cdpo_core.evaluation.instrument`).
+
+    Args:
+        bench, prepared, scored: the experiment's.
+        certified: the outcome of the tests.
+        baselines: scored test responses of policies that were made without the limits.
+    """
+    reports = scorer_reports(bench, scored.scorers)
+    pool = measured_from(bench, prepared.pool_responses, scored.pool_scores)
+    found = [instrument.failed_ends(certified.measured.unfinished(), certified.decoding.max_new_tokens)]
+    for item, certificate in zip(bench.config.constraints, certified.certificates, strict=True):
+        name, report = item.name, reports.get(item.name, {})
+        spreads = [value for part in (pool, certified.measured) if (value := part.spread(name)) is not None]
+        others = [part.cost(name).mean for part in baselines.values()]
+        found += [
+            instrument.failed_spread(name, max(spreads, default=None)),
+            instrument.failed_chance(name, report),
+            instrument.failed_units(name, report, item.limit, certificate.upper, others),
+        ]
+    return replace(certified, failures=[failure for failure in found if failure])
 
 
 def certificates_of(

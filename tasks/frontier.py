@@ -11,6 +11,8 @@ from typing import Any
 from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.evaluation import sweep_figures
+from cdpo_core.evaluation.instrument import failed_units
+from cdpo_core.evaluation.result import cost_figures
 from cdpo_core.evaluation.sweep_result import choice_words, exact_frontier, line_name
 from tasks.environment import cdpo_home
 from tasks.evaluation import certificates_of
@@ -63,7 +65,19 @@ def _passes_at(bench: Workbench, child: Mapping[str, Any], delta: float) -> bool
     data = ArtifactRef(**child["data"])
     pool_scores = ArtifactRef(**child["pool_scores"])
     certificates = certificates_of(bench, data, pool_scores, measured_from(bench, *evidence), limits, delta)
-    return all(item.passed for item in certificates)
+    return all(item.passed for item in certificates) and not any(
+        failed_units(name, child["scorers"].get(name, {}), limit, item.upper, others)
+        for (name, limit, others), item in zip(_without_limit(child), certificates, strict=True)
+    )
+
+
+def _without_limit(child: Mapping[str, Any]) -> list[tuple[str, float, list[float]]]:
+    """Each constraint's name, limit, and mean test costs of the policies that were made without it."""
+    keys = cost_figures(child).values()
+    return [
+        (item["name"], item["limit"], [row[key]["mean"] for row in child["baselines"].values()])
+        for item, key in zip(child["constraints"], keys, strict=True)
+    ]
 
 
 def sweep_key(config: ExperimentConfig, limits: Sequence[float], varied: Sequence[Mapping[str, Any]]) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from cdpo_core.evaluation.decoding import decoding_words
 from cdpo_core.evaluation.result import each, mean_figures, tail_figures
 from tasks.report_words import explained, headline, interval, limits_of_meaning, meanings, percent, signed
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 Record = Mapping[str, Any]
 Table = dict[str, Any]
 
-SHARES = ("safe_rate", "unsafe_prompts", "over_refusal")
+SHARES = ("unfinished", "safe_rate", "unsafe_prompts", "over_refusal")
 FIGURES = {
     "lambda_trajectory": "The price λ of harm in each round, and the mean cost it led to, against the limit",
     "reward_and_cost": "Reward and cost: the reference, DPO without a limit, and each round",
@@ -129,7 +130,8 @@ def _ours(result: Record) -> str:
 def _warnings(result: Record) -> list[str]:
     notes = [(item["certificate"] or {}).get("note") for item in result["constraints"]]
     scorers = [report.get("warning") for report in (result["scorers"] or {}).values()]
-    return [*result.get("warnings", []), *filter(None, [*notes, *scorers])]
+    failed = [f"{item['what']}. {item['fix']}." for item in result.get("instrument", [])]
+    return [*failed, *result.get("warnings", []), *filter(None, [*notes, *scorers])]
 
 
 def _certificates(result: Record) -> Table:
@@ -150,7 +152,9 @@ def _certificates(result: Record) -> Table:
         f"{aims}, below the limit, so that a good policy passes. “Times used” counts the tests these held-out prompts "
         "had served when this was written; the more, the less each is worth."
     )
-    return table(heads, rows, [note])
+    decoding = (result["certificate"] or {}).get("decoding")
+    said = [f"It is about responses drawn at {decoding_words(decoding)}."] if decoding else []
+    return table(heads, rows, [note, *said])
 
 
 def _methods(result: Record, heads: Mapping[str, str]) -> Table:

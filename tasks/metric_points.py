@@ -13,6 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cdpo_core.evaluation.decoding import decoding_words
+from cdpo_core.evaluation.instrument import words
 from cdpo_core.evaluation.result import ORACLE_FIGURES
 
 if TYPE_CHECKING:
@@ -45,8 +47,8 @@ def round_points(
     """The points of one round, at step = round.
 
     Args:
-        record: {round, lambda, reward, cost, cost_upper, kl, [safe_rate]}; lambda, cost and cost_upper are one
-            number, or one for each constraint.
+        record: {round, lambda, reward, cost, cost_upper, kl, [safe_rate], [unfinished]}; lambda, cost and
+            cost_upper are one number, or one for each constraint.
         names: the constraints' names [m].
         limits: the constraints' limits [m], calibrated cost units.
         timestamp: of the record, milliseconds.
@@ -58,7 +60,7 @@ def round_points(
         are the first one's.
     """
     lambdas, costs, uppers = (_each(record.get(key)) for key in ("lambda", "cost", "cost_upper"))
-    values: dict[str, Any] = {f"policy/{key}": record.get(key) for key in ("reward", "kl", "safe_rate")}
+    values: dict[str, Any] = {f"policy/{key}": record.get(key) for key in ("reward", "kl", "safe_rate", "unfinished")}
     values |= {"policy/cost": costs[0], "policy/cost_upper": uppers[0], "dual/reward": record.get("reward")}
     gaps = [cost - limit for cost, limit in zip(costs, limits, strict=False) if _is_finite(cost)]
     values["dual/violation"] = max(gaps, default=None)
@@ -147,6 +149,7 @@ def result_tags(result: Mapping[str, Any]) -> dict[str, str]:
     values = {
         "status": result.get("status"),
         "lambda": result.get("lambda"),
+        "instrument": words(result.get("instrument") or []) or None,
         **certificate_tags(result.get("certificate") or {}),
         **constraint_tags(result),
     }
@@ -155,7 +158,10 @@ def result_tags(result: Mapping[str, Any]) -> dict[str, str]:
 
 def certificate_tags(certificate: Mapping[str, Any]) -> dict[str, str]:
     """The certificate's figures as tags `certificate.<field>`, without the references it rests on."""
-    return {f"certificate.{key}": tag_text(value) for key, value in certificate.items() if key not in NO_TAGS}
+    values = {key: value for key, value in certificate.items() if key not in NO_TAGS}
+    if decoding := values.get("decoding"):
+        values["decoding"] = decoding_words(decoding)
+    return {f"certificate.{key}": tag_text(value) for key, value in values.items()}
 
 
 def constraint_tags(result: Mapping[str, Any]) -> dict[str, str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cdpo_core.evaluation.decoding import decoding_words
+from cdpo_core.evaluation.instrument import words
 from cdpo_core.evaluation.result import cost_figures
 
 Record = Mapping[str, Any]
@@ -38,6 +40,11 @@ def meanings(result: Record) -> list[str]:
         ]
     delta = f"{100 * certificate['delta']:g} %"
     tested = f"The policy was tested on {certificate['prompts']} prompts that no training and no choice has seen."
+    if failed := result.get("instrument"):
+        return [
+            "The test's figures say nothing of the policy, good or bad, because an instrument does not measure.",
+            *(f"What to do: {item['fix']}." for item in failed),
+        ]
     if result["status"] == "certified":
         return [
             tested,
@@ -54,11 +61,17 @@ def meanings(result: Record) -> list[str]:
 def limits_of_meaning(result: Record) -> list[str]:
     """What the verdict does not say."""
     spent = (result["certificate"] or {}).get("spent") or 0
+    decoding = (result["certificate"] or {}).get("decoding")
     lines = [
         "That the cost model is right: the figures are its own, and its errors are shown below.",
         "Anything about one answer: a mean below the limit leaves room for single bad ones.",
         "Anything about other kinds of prompts than the held-out ones, or about people who try to break the policy.",
     ]
+    if decoding:
+        lines.append(
+            f"Anything about other decoding than the one that was tested: {decoding_words(decoding)}. Another "
+            "temperature or length is another policy."
+        )
     if spent > 1:
         lines.append(
             f"The same after many tries: these held-out prompts had been used for {spent} tests when this was written."
@@ -94,6 +107,11 @@ def _outcome(result: Record) -> str:
     bounds = [item["certificate"]["upper"] for item in result["constraints"]]
     allowed = [item["limit"] for item in result["constraints"]]
     confidence = f"with {100 * (1 - certificate['delta']):g} % confidence"
+    if failed := result.get("instrument"):
+        return (
+            f"Whether {limits_text(result)} is kept could not be measured: {words(failed)}. Do not use the policy "
+            "where the limit must hold."
+        )
     if result["status"] == "certified":
         return (
             f"On {certificate['prompts']} held-out prompts the policy's mean {what}, as the cost model measures it, is "

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cdpo_core.artifacts import ArtifactRef
+from cdpo_core.evaluation.instrument import unchecked, unfinished_warning
 from cdpo_core.evaluation.measure import Measured
 from cdpo_core.evaluation.result import constraint_records, each, verdict
 from cdpo_core.stages import library_versions
@@ -85,7 +86,8 @@ def experiment_result(
             "floor": float(outcome.floor[0]),
             "price": plan.price,
         },
-        "warnings": [plan.warning] if plan.warning else [],
+        "instrument": [failure.record() for failure in certified.failures] if certified else [],
+        "warnings": _warnings(names, plan, scorers, outcome),
         "test": figures.pop("policy", None),
         "baselines": figures,
         "scorers": dict(scorers),
@@ -103,6 +105,18 @@ def experiment_result(
         "versions": library_versions(),
     }
     return {**result, "verdict": verdict(result)}
+
+
+def _warnings(names: Sequence[str], plan: OfflinePlan, scorers: Mapping[str, Any], outcome: Outcome) -> list[str]:
+    """What the reader must know besides: of the plan, of responses that were cut, of what was not checked."""
+    lines = [plan.warning] if plan.warning else []
+    measured = {"the policy": outcome.certified.measured if outcome.certified else None}
+    measured["the reference"] = outcome.test["reference"]
+    for label, item in measured.items():
+        lines += unfinished_warning(label, item.unfinished() if item else None)
+    for name in names:
+        lines += unchecked(name, scorers.get(name, {}))
+    return lines
 
 
 def _oracle(oracle: Mapping[str, Any], feasible: bool) -> dict[str, Any]:

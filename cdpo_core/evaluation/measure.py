@@ -18,7 +18,8 @@ class Measured:
     """Scored responses, one row each.
 
     Attributes:
-        table: prompt_id, sample, response, log_prob, ref_log_prob, reward, cost_<name>; in (prompt, sample) order.
+        table: prompt_id, sample, response, finished, log_prob, ref_log_prob, reward, cost_<name>; in (prompt, sample)
+            order.
         sources: the responses' and the scores' artifacts, where they come from a store.
     """
 
@@ -50,6 +51,25 @@ class Measured:
         """Share of responses of which every cost is at most 0, the border of safe."""
         return metrics.safe_rate(self.costs(names), self._prompts)
 
+    def unfinished(self) -> Estimate | None:
+        """Share of responses that were cut at the longest length instead of ending; None where it was not recorded."""
+        if "finished" not in self.table:
+            return None
+        return metrics.cluster_share(~self.table["finished"].to_numpy(bool), self._prompts)
+
+    def spread(self, name: str) -> float | None:
+        """Deviation of a cost among the different responses to the same prompt; None where no prompt has two.
+
+        Equal responses have equal costs, whatever the model: only different ones ask it anything.
+        """
+        rows = self.table.drop_duplicates(["prompt_id", "response"])
+        rows = rows[rows.groupby("prompt_id")["response"].transform("size") > 1]
+        if rows.empty:
+            return None
+        costs = rows[f"cost_{name}"]
+        deviations = (costs - costs.groupby(rows["prompt_id"]).transform("mean")).to_numpy(float)
+        return float(np.sqrt((deviations**2).mean()))
+
     def win_rate(self, other: Measured) -> Estimate:
         """Probability that a response earns more reward than another policy's to the same prompt; ties count half."""
         mine, theirs = self.table["reward"].to_numpy(float), other.table["reward"].to_numpy(float)
@@ -80,6 +100,7 @@ class Measured:
             "cost": self.cost(names[0]),
             "safe_rate": self.safe_rate(names),
             "kl": self.kl(),
+            "unfinished": self.unfinished(),
         }
         if other is not None:
             figures["win_rate"] = self.win_rate(other)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cdpo_core.evaluation.instrument import words
+
 FIGURES = ("reward", "cost", "safe_rate", "kl", "win_rate")
 # What the testbed's exact judge says of each constraint; its record holds the list of them under the plural.
 ORACLE_FIGURES = ("true_cost", "optimal_cost", "optimal_lambda")
@@ -21,6 +23,11 @@ def verdict(result: Mapping[str, Any]) -> str:
     use = f", which have been tested on {spent} times" if spent > 1 else ""
     basis = f"with {100 * (1 - certificate['delta']):g} % confidence, from {certificate['prompts']} held-out prompts"
     basis += use
+    if decoding := certificate.get("decoding"):
+        basis += f", with responses at temperature {decoding['temperature']:g} of at most "
+        basis += f"{decoding['max_new_tokens']} tokens"
+    if failed := result.get("instrument"):
+        return f"Not certified: {limits} could not be measured: {words(failed)}. The bound is {bounds} {basis}."
     if result["status"] == "certified":
         return f"Certified: {limits}. The mean cost, as the cost model measures it, is {bounds} {basis}."
     return f"Not certified: {limits} could not be shown; the bound is {bounds} {basis}."
@@ -34,10 +41,14 @@ def round_record(number: int, lambda_: Sequence[float], figures: Mapping[str, An
     Args:
         number: from 1.
         lambda_: [m] the dual variables it was trained at.
-        figures: cost [m], cost_half_width [m] (of its 95 % interval), cost_upper [m], reward, kl, safe_rate, seconds.
+        figures: cost [m], cost_half_width [m] (of its 95 % interval), cost_upper [m], reward, kl, safe_rate, seconds;
+            unfinished, where it is known.
     """
     vectors = {"lambda": lambda_, **{name: figures[name] for name in ("cost", "cost_half_width", "cost_upper")}}
     scalars = {name: float(figures[name]) for name in ("reward", "kl", "safe_rate", "seconds")}
+    unfinished = figures.get("unfinished")
+    if unfinished is not None:
+        scalars["unfinished"] = float(unfinished)
     return {"round": number, **{name: _single(values) for name, values in vectors.items()}, **scalars}
 
 
@@ -80,7 +91,9 @@ def cost_figures(result: Mapping[str, Any]) -> dict[str, str]:
 
 def mean_figures(result: Mapping[str, Any]) -> dict[str, str]:
     """Means: headings, and the names of the figures that the result's methods have under them."""
-    return {"reward": "reward", **cost_figures(result), "safe rate": "safe_rate", "KL": "kl"}
+    heads = {"reward": "reward", **cost_figures(result), "safe rate": "safe_rate", "KL": "kl"}
+    is_known = "unfinished" in result["baselines"]["reference"]
+    return heads | ({"unfinished": "unfinished"} if is_known else {})
 
 
 def tail_figures(result: Mapping[str, Any]) -> dict[str, str]:
