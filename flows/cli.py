@@ -261,21 +261,26 @@ def sample(
     *prompts: Annotated[str, Parameter(help="Prompts to answer.")],
     number: Annotated[int, Parameter(name=["--number", "-n"], help="Responses to each prompt.")] = 3,
     seed: Annotated[int, Parameter(help="Seed of the draw.")] = 0,
-    temperature: Annotated[float, Parameter(help="Temperature of the draw.")] = 1.0,
+    temperature: Annotated[
+        float | None, Parameter(help="Temperature of the draw; that of the policy's test, else 1.")
+    ] = None,
     store: StoreUri = None,
     overrides: Overrides = None,
 ) -> int:
     """Draw responses from a policy."""
-    from flows.sampling import draw
+    from flows.sampling import open_drawer
 
-    if not prompts or number < 1 or not temperature > 0:
+    if not prompts or number < 1 or not (temperature is None or temperature > 0):
         raise InputError(
             "sampling needs a prompt, a number of at least 1 and a positive temperature",
             where="cdpo sample",
             fix='for example: cdpo sample REF "PROMPT" --number 3',
         )
-    settings = _load("", overrides or {}).policy
-    for prompt, responses in draw(policy, prompts, number, temperature, seed, settings, store or ""):
+    chosen = [path.removeprefix("policy.") for path in overrides or {} if path.startswith("policy.")]
+    drawer = open_drawer(policy, temperature, _load("", overrides or {}).policy, chosen, store or "")
+    for line in drawer.said:
+        print(line, file=sys.stderr)
+    for prompt, responses in drawer.draw(prompts, number, seed):
         _stdout().print(prompt, style="bold", markup=False, highlight=False, soft_wrap=True)
         for response in responses:
             _stdout().print(f"  {response}", markup=False, highlight=False, soft_wrap=True)

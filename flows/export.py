@@ -11,7 +11,9 @@ from typing import Any
 
 from cdpo_core.artifacts import Manifest, Store
 from cdpo_core.errors import InputError
+from cdpo_core.evaluation.decoding import DECODING, GENERATION, decoding_of, decoding_words, generation_settings
 from cdpo_core.evaluation.result import mean_figures, tail_figures, verdict
+from cdpo_core.models.checkpoints import write_json
 
 RECORDS = "results/"
 HOW_TO_NAME = "give the policy's reference as `cdpo run` prints it, <store>/stages/<stage>/<key>.json"
@@ -47,6 +49,8 @@ def find_policy(reference: str, store_uri: str = "") -> tuple[Store, Manifest]:
 def export_policy(reference: str, folder: Path, store_uri: str = "") -> dict[str, Any] | None:
     """Write a policy to a new folder that transformers loads, with a model card that carries its certificate.
 
+    Its generation config lets transformers draw from the distribution that was certified, and from no other.
+
     Args:
         reference: see `find_policy`.
         folder: made by this; must not exist or be empty.
@@ -71,6 +75,7 @@ def export_policy(reference: str, folder: Path, store_uri: str = "") -> dict[str
                 target = whole / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(files / name, target)
+            _write_decoding(whole, result)
             (whole / "README.md").write_text(model_card(manifest, result), encoding="utf-8")
             if folder.exists():
                 folder.rmdir()
@@ -83,13 +88,35 @@ def export_policy(reference: str, folder: Path, store_uri: str = "") -> dict[str
 
 
 def result_of(store: Store, manifest: Manifest) -> dict[str, Any] | None:
-    """The record of a run that returned this policy, from the store or this machine's reports; certified first."""
+    """The record of a run that returned this policy, from the store or this machine's reports.
+
+    A certified one goes first, then the newest.
+    """
     from tasks.environment import cdpo_home
 
     results = [store.get_record(name) for name in store.record_names(RECORDS)]
     results += [json.loads(path.read_text()) for path in sorted(cdpo_home().glob("reports/*/result.json"))]
     mine = [item for item in results if item and (item.get("policy") or {}).get("digest") == manifest.digest]
-    return min(mine, key=lambda item: item["status"] != "certified", default=None)
+    return min(mine, key=lambda item: (item["status"] != "certified", -item.get("ended_ms", 0)), default=None)
+
+
+def decoding_from(result: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """How the run that returned a policy drew its responses when it was tested; None without a test."""
+    return ((result or {}).get("certificate") or {}).get("decoding")
+
+
+def _write_decoding(folder: Path, result: Mapping[str, Any] | None) -> None:
+    """How the policy is decoded, for transformers; and, where it was tested so, for `cdpo sample`.
+
+    A policy that was never tested is drawn from as it is (temperature 1), not as its base once was.
+    """
+    tested = decoding_from(result)
+    if tested is None:
+        longest = json.loads((folder / "policy.json").read_text())["max_response_tokens"]
+        tested = decoding_of(folder, 1.0, longest).record()
+    else:
+        write_json(folder / DECODING, tested)
+    write_json(folder / GENERATION, generation_settings(folder, tested))
 
 
 def model_card(manifest: Manifest, result: Mapping[str, Any] | None) -> str:
@@ -138,6 +165,11 @@ def _certificates(result: Mapping[str, Any]) -> str:
     )
     if spent:
         note += f" Tests these prompts have been spent on: {spent}."
+    if decoding := decoding_from(result):
+        note += f" It is about responses drawn at {decoding_words(decoding)}, as generation_config.json says;"
+        note += " another temperature, length or template is another policy."
+    if failed := result.get("instrument"):
+        note += " **An instrument does not measure**: " + "; ".join(item["what"] for item in failed) + "."
     return "\n".join(lines) + f"\n\n{note}"
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 GENERATION = "generation_config.json"
+# In an exported folder: how the policy was certified to be decoded.
+DECODING = "decoding.json"
 # What transformers' generate() may read of a model's file without changing what is drawn; all else it would apply.
 NAMES_OF_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -23,6 +25,7 @@ class Decoding:
         max_prompt_tokens: prompts are cut to this length from the left.
         template: text around the prompt, or `chat` for the tokenizer's own.
         ends: the tokens that end a response.
+        template_date: the day that a chat template writes which asks for the date; "" where none does.
     """
 
     temperature: float
@@ -30,6 +33,7 @@ class Decoding:
     max_prompt_tokens: int
     template: str
     ends: tuple[int, ...] = ()
+    template_date: str = ""
 
     def record(self) -> dict[str, Any]:
         """As certificates and results hold it."""
@@ -44,12 +48,20 @@ def decoding_of(folder: Path, temperature: float, max_new_tokens: int, *, trust_
         temperature, max_new_tokens: of the draw.
         trust_remote_code: whether a tokenizer's own code may run.
     """
-    from transformers import AutoTokenizer
-
     settings = json.loads((folder / "policy.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    ends = (int(tokenizer.eos_token_id),)
-    return Decoding(temperature, max_new_tokens, settings["max_prompt_tokens"], settings["template"], ends)
+    ends = settings.get("ends")
+    if not ends:
+        from transformers import AutoTokenizer
+
+        ends = [int(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code).eos_token_id)]
+    return Decoding(
+        temperature,
+        max_new_tokens,
+        settings["max_prompt_tokens"],
+        settings["template"],
+        tuple(ends),
+        settings.get("template_date", ""),
+    )
 
 
 def decoding_words(record: Mapping[str, Any]) -> str:
@@ -57,6 +69,7 @@ def decoding_words(record: Mapping[str, Any]) -> str:
     ends = ", ".join(map(str, record["ends"]))
     said = f"temperature {record['temperature']:g}, at most {record['max_new_tokens']} tokens"
     said += f", prompts cut to {record['max_prompt_tokens']}, template {record['template']!r}"
+    said += f" with date {record['template_date']}" if record.get("template_date") else ""
     return said + (f", ended by token {ends}" if ends else "")
 
 
@@ -72,6 +85,12 @@ def departures(record: Mapping[str, Any], used: Mapping[str, Any]) -> list[str]:
         for name, value in used.items()
         if name in record and value != record[name]
     ]
+
+
+def exported_decoding(folder: Path) -> dict[str, Any] | None:
+    """The decoding that an exported policy's folder carries (`DECODING`), or None."""
+    path = folder / DECODING
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def generation_settings(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
