@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -110,6 +110,39 @@ def test_a_slack_cost_has_multiplier_zero() -> None:
 def test_a_limit_below_the_floor_ends_at_lambda_max() -> None:
     dual = Toy().all_samples()
     assert dual.solve(dual.floor() - 0.5, 20.0).tolist() == [20.0]
+
+
+@pytest.mark.parametrize("jackknife", [True, False])
+@pytest.mark.parametrize("beta", [0.001, 0.01, 0.1, 1.0, 10.0])
+def test_a_limit_within_reach_is_predicted_to_be_met_at_every_scale(beta: float, jackknife: bool) -> None:
+    rng = numpy_stream(0, "every scale", int(1000 * beta))
+    for rewards, costs in product([0.01, 1.0, 1000.0], repeat=2):
+        cost = rng.normal(0, 1, (40, 1, 1)) + rng.normal(0, 1, (40, 16, 1))
+        reward = rewards * (0.6 * cost[..., 0] + rng.normal(0, 1, (40, 16)))
+        dual = OfflineDual(reward, costs * cost, beta, jackknife=jackknife)
+        loosest, floor = dual.expected(np.zeros(1)).costs, dual.floor()
+        for share in (0.05, 0.5, 0.95):
+            limit = loosest + share * (floor - loosest)
+            found = dual.expected(dual.solve(limit, 1e9)).costs
+            assert abs(found - limit)[0] <= 1e-6 * costs, (rewards, costs, share)
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
+def test_two_limits_within_reach_are_predicted_to_be_met(beta: float) -> None:
+    rng = numpy_stream(0, "two limits", int(100 * beta))
+    cost = rng.normal(0, 1, (40, 1, 2)) + rng.normal(0, 1, (40, 16, 2))
+    dual = OfflineDual(0.6 * cost.sum(axis=2) + rng.normal(0, 1, (40, 16)), cost, beta)
+    limits = dual.expected(np.zeros(2)).costs + 0.3 * (dual.floor() - dual.expected(np.zeros(2)).costs)
+    np.testing.assert_allclose(dual.expected(dual.solve(limits, 100.0)).costs, limits, atol=1e-6)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e3, 1e6])
+def test_the_jackknife_keeps_its_digits_where_one_sample_has_all_the_weight(spread: float) -> None:
+    reward, cost = np.array([[0.0, -1.0, -2.0]]) * spread, np.array([[[1.0], [3.0], [9.0]]])
+    point = OfflineDual(reward, cost, 1.0).expected(np.zeros(1))
+    parts = [np.delete(np.arange(3), j) for j in range(3)]
+    left = [(softmax(reward[0, keep]) * cost[0, keep, 0]).sum() for keep in parts]
+    assert point.costs[0] == pytest.approx(3 * (softmax(reward[0]) * cost[0, :, 0]).sum() - 2 * np.mean(left))
 
 
 def test_few_samples_lean_to_the_reference_and_the_jackknife_corrects_it() -> None:

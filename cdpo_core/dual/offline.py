@@ -11,19 +11,26 @@ is to go by, and the first trained round corrects it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.special import logsumexp, softmax
+from scipy.special import logsumexp
 
-from cdpo_core.dual.quadratic import box_newton_step
 
 ITERATIONS = 200
-TOLERANCE = 1e-10
-# A prompt on which one sample has all the weight cannot be told without it.
-LARGEST_WEIGHT = 1 - 1e-9
+# A cost this close to its limit has met it (shares of the costs' range).
+TOLERANCE = 1e-9
+# Below the smallest weight that a double resolves, a prompt's other samples are weighed anew without the heaviest.
+SMALLEST_REST = 1e-200
+# How far down a first guess of λ goes that nothing bounds from below.
+STEP_DOWN = 1e-2
+# Several costs: by what β falls from one solution to the next, the shortest step, and how often costs are taken singly.
+COOLING = 3.0
+SMALLEST_STEP = 1e-10
+SWEEPS = 3
 # A policy that gained less than the optimum at this many times β was hardly trained: it says nothing of others.
 WEAKEST = 1.5
 # A limit counts as met when the predicted cost is this close to it (cost units).
@@ -54,6 +61,24 @@ class OfflinePoint:
     prompt_costs: np.ndarray
 
 
+class Weights(NamedTuple):
+    """The samples' weights under π_λ, [P, K] each row of which sums to 1 but for `others`.
+
+    Attributes:
+        plain: proportional to exp((r − λᵀc)/β).
+        signed: those by which the jackknife's figures are means; some are negative.
+        others: `plain` with 0 for the heaviest sample.
+        without_top: the weights once the heaviest sample is left out.
+        top: [P] the heaviest sample.
+    """
+
+    plain: np.ndarray
+    signed: np.ndarray
+    others: np.ndarray
+    without_top: np.ndarray
+    top: np.ndarray
+
+
 class OfflineDual:
     """D(λ) = β E_x log E_{y~π_ref} exp((r − λᵀ(c − C))/β) on K reference samples a prompt.
 
@@ -81,6 +106,8 @@ class OfflineDual:
             raise ValueError("a reward or cost is not finite")
         if not beta > 0:
             raise ValueError(f"beta must be positive, not {beta}")
+        # [m] what costs are compared at: their ranges.
+        self.scale = np.maximum(np.ptp(self.costs, axis=(0, 1)), np.finfo(np.float64).tiny)
 
     def value(self, lambda_: np.ndarray, limits: np.ndarray) -> float:
         """D(λ), in units of reward. Args: lambda_ [m] >= 0, limits [m]."""
@@ -88,32 +115,38 @@ class OfflineDual:
         samples, total = logits.shape[1], logsumexp(logits, axis=1)
         log_mean = total - np.log(samples)
         if self.jackknife:
-            weights = np.minimum(np.exp(logits - total[:, None]), LARGEST_WEIGHT)
-            log_mean -= (samples - 1) * (np.log1p(-weights).mean(axis=1) - np.log1p(-1 / samples))
+            weights = np.exp(logits - total[:, None])
+            rows, top = np.arange(len(logits)), logits.argmax(axis=1)
+            weights[rows, top] = 0.0
+            logits[rows, top] = -np.inf
+            lost = np.log1p(-weights).sum(axis=1) + logsumexp(logits, axis=1) - total
+            log_mean -= (samples - 1) * (lost / samples - np.log1p(-1 / samples))
         return float(self.beta * log_mean.mean() + np.dot(lambda_, limits))
 
     def expected(self, lambda_: np.ndarray) -> OfflinePoint:
         """π_λ's figures; the dual's gradient at limits C is C − point.costs. Args: lambda_ [m] >= 0."""
         lambda_ = np.asarray(lambda_, dtype=np.float64)
-        weights = softmax(self._logits(lambda_), axis=1)
-        prompt_costs = np.einsum("pk,pkm->pm", weights, self.costs)
-        deviations = self.costs - prompt_costs[:, None, :]
-        covariance = np.einsum("pk,pki,pkj->ij", weights, deviations, deviations) / len(weights)
+        weights, signed, *_ = self._weights(lambda_)
+        prompt_costs = np.matmul(weights[:, None, :], self.costs)[:, 0]
         log_weights = np.log(np.maximum(weights, np.finfo(np.float64).tiny))
         return OfflinePoint(
             lambda_=lambda_,
-            reward=float(self._mean(weights, self.reward[..., None])[0]),
-            costs=self._mean(weights, self.costs),
+            reward=float((signed * self.reward).sum(axis=1).mean()),
+            costs=self._costs(signed),
             kl=float((weights * (log_weights + np.log(weights.shape[1]))).sum(axis=1).mean()),
             effective_samples=float((1 / (weights**2).sum(axis=1)).mean()),
-            hessian=covariance / self.beta,
+            hessian=self._hessian(weights),
             prompt_costs=prompt_costs,
         )
 
     def solve(self, limits: np.ndarray, lambda_max: float) -> np.ndarray:
-        """The multipliers that minimise D over 0 <= λ <= lambda_max, by projected Newton steps.
+        """The multipliers within 0 <= λ <= lambda_max at which each expected cost is its limit, or its λ at an end.
 
-        Each step solves the box-constrained quadratic model and is halved until D falls (Armijo).
+        These are the conditions of D's minimum in the box. One cost is brought to its limit by Newton's step in a
+        bracket, bisected in log λ where that leaves it: far from the solution D's curvature says nothing when β is
+        small, and λ may lie anywhere over many orders of magnitude. Several are followed from a β at which D is nearly
+        quadratic down to the one asked for, by Newton's steps that come closer, and where none does one by one.
+
         A limit out of reach ends at lambda_max; a slack one at 0.
 
         Args:
@@ -125,23 +158,98 @@ class OfflineDual:
         """
         limits = np.asarray(limits, dtype=np.float64)
         lambda_ = np.zeros(self.costs.shape[2])
-        for _ in range(ITERATIONS):
-            point = self.expected(lambda_)
-            gradient = limits - point.costs
-            step = box_newton_step(gradient, point.hessian, -lambda_, lambda_max - lambda_)
-            decrease = float(gradient @ step)
-            here, size = self.value(lambda_, limits), 1.0
-            # Below this, D's rounding error hides the decrease and no line search can see it.
-            if -decrease <= TOLERANCE * 1e-4 * (1 + abs(here)):
-                lambda_ = np.clip(lambda_ + step, 0.0, lambda_max)
-                break
-            while self.value(lambda_ + size * step, limits) > here + 1e-4 * size * decrease and size > TOLERANCE:
-                size /= 2
-            # Where the jackknife cuts a prompt's largest weight off, its mean is not D's slope to the last digit.
-            if size <= TOLERANCE:
-                break
-            lambda_ = np.clip(lambda_ + size * step, 0.0, lambda_max)
+        if len(lambda_) == 1:
+            return self._to_limit(lambda_, 0, float(limits[0]), lambda_max)
+        softest = max(self.beta, float(np.ptp(self.reward)))
+        levels = max(1, math.ceil(math.log(softest / self.beta, COOLING)))
+        for beta in np.geomspace(softest, self.beta, levels + 1):
+            at = self if beta == self.beta else self.at_beta(float(beta))
+            lambda_ = at._joint(lambda_, limits, lambda_max)
         return lambda_
+
+    def _joint(self, lambda_: np.ndarray, limits: np.ndarray, lambda_max: float) -> np.ndarray:
+        """From here to where every limit is met: Newton's steps, and where none comes closer each cost by itself."""
+        missed, sweeps = self._missed(lambda_, limits, lambda_max), 0
+        for _ in range(ITERATIONS):
+            if missed <= TOLERANCE:
+                break
+            step, size, here = self._newton(lambda_, limits, lambda_max), 1.0, self.value(lambda_, limits)
+            while size > SMALLEST_STEP:
+                further = np.clip(lambda_ + size * step, 0.0, lambda_max)
+                left = self._missed(further, limits, lambda_max)
+                if left <= (1 - size / 4) * missed:
+                    break
+                if not self.jackknife and self.value(further, limits) < here - 1e-13 * abs(here):
+                    break
+                size /= 2
+            else:
+                if sweeps == SWEEPS:
+                    break
+                sweeps, further = sweeps + 1, lambda_
+                for index in range(len(lambda_)):
+                    further = self._to_limit(further, index, float(limits[index]), lambda_max)
+                left = self._missed(further, limits, lambda_max)
+            lambda_, missed = further, left
+        return lambda_
+
+    def _newton(self, lambda_: np.ndarray, limits: np.ndarray, lambda_max: float) -> np.ndarray:
+        """[m] Newton's step to where each cost is its limit, over the multipliers that are not held at an end."""
+        weights = self._weights(lambda_)
+        excess = self._costs(weights.signed) - limits
+        free = ~(((lambda_ <= 0) & (excess <= 0)) | ((lambda_ >= lambda_max) & (excess >= 0)))
+        step = np.zeros(len(lambda_))
+        step[free] = np.linalg.lstsq(self._slope(weights)[np.ix_(free, free)], excess[free], rcond=None)[0]
+        return step
+
+    def _slope(self, weights: Weights) -> np.ndarray:
+        """[m, m] how the expected costs fall with λ, −∂E[c]/∂λ: D's Hessian, the jackknife's where that is used."""
+        if not self.jackknife:
+            return self._hessian(weights.plain)
+        samples = weights.plain.shape[1]
+        mean = np.matmul(weights.plain[:, None, :], self.costs)[:, 0]
+        others = weights.others[..., None]
+        left_out = (mean[:, None, :] - others * self.costs) / (1 - others)
+        rows = np.arange(len(mean))
+        left_out[rows, weights.top] = np.matmul(weights.without_top[:, None, :], self.costs)[:, 0]
+        second = _products(weights.signed, self.costs) - samples * mean.T @ mean
+        second += (samples - 1) / samples * _products(np.ones_like(weights.plain), left_out)
+        found: np.ndarray = second / len(mean) / self.beta
+        return found
+
+    def _missed(self, lambda_: np.ndarray, limits: np.ndarray, lambda_max: float) -> float:
+        """The largest distance of a cost from its limit, in shares of the costs' range, but where λ is at its end."""
+        excess = (self._costs(self._weights(lambda_).signed) - limits) / self.scale
+        excess = np.where(lambda_ <= 0, np.maximum(excess, 0), excess)
+        return float(np.abs(np.where(lambda_ >= lambda_max, np.minimum(excess, 0), excess)).max())
+
+    def _to_limit(self, lambda_: np.ndarray, index: int, limit: float, lambda_max: float) -> np.ndarray:
+        """λ with one multiplier moved to where its cost meets its limit, between 0 and lambda_max."""
+        moved = lambda_.copy()
+
+        def excess(value: float) -> tuple[float, float]:
+            moved[index] = value
+            weights = self._weights(moved)
+            return float(self._costs(weights.signed)[index]) - limit, float(self._hessian(weights.plain)[index, index])
+
+        enough = TOLERANCE * float(self.scale[index])
+        low, high = 0.0, lambda_max
+        for end in (low, high):
+            # Slack at 0, or out of reach: `moved` is at that end.
+            over, _ = excess(end)
+            if over <= enough if end == low else over >= -enough:
+                return moved
+        value, last = float(lambda_[index]), math.inf
+        for _ in range(ITERATIONS):
+            over, slope = excess(value)
+            if abs(over) <= enough or high - low <= np.spacing(high):
+                break
+            low, high = (value, high) if over > 0 else (low, value)
+            step = value + over / slope if slope > 0 else math.inf
+            # Newton's step must stay in the bracket and have halved the miss the last time.
+            if not (low < step < high and abs(over) <= last / 2):
+                step = math.sqrt(low * high) if low > 0 else STEP_DOWN * high
+            value, last = step, abs(over)
+        return moved
 
     def lambda_for_share(self, share: float, lambda_max: float) -> float:
         """The multiplier that brings a cost a share of the way from λ = 0 to the samples' floor.
@@ -236,12 +344,38 @@ class OfflineDual:
     def _logits(self, lambda_: np.ndarray) -> np.ndarray:
         return (self.reward - self.costs @ np.asarray(lambda_, dtype=np.float64)) / self.beta
 
-    def _mean(self, weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """[m] mean over prompts of the weighted means of values [P, K, m]; weights [P, K] sum to 1."""
-        samples, weights = weights.shape[1], np.minimum(weights, LARGEST_WEIGHT)[..., None]
-        mean = (weights * values).sum(axis=1)
-        if self.jackknife:
-            left_out = (mean[:, None, :] - weights * values) / (1 - weights)
-            mean = samples * mean - (samples - 1) * left_out.mean(axis=1)
-        found: np.ndarray = mean.mean(axis=0)
+    def _weights(self, lambda_: np.ndarray) -> Weights:
+        """The samples' weights under π_λ."""
+        logits = self._logits(lambda_)
+        raw = np.exp(logits - logits.max(axis=1, keepdims=True))
+        plain = raw / raw.sum(axis=1, keepdims=True)
+        rows, samples, top = np.arange(len(plain)), plain.shape[1], logits.argmax(axis=1)
+        if not self.jackknife:
+            return Weights(plain, plain, plain, plain, top)
+        others = plain.copy()
+        # What is left without the heaviest sample: no difference of numbers that are nearly 1.
+        raw[rows, top], logits[rows, top], others[rows, top] = 0.0, -np.inf, 0.0
+        lost = np.flatnonzero(raw.sum(axis=1) < SMALLEST_REST)
+        raw[lost] = np.exp(logits[lost] - logits[lost].max(axis=1, keepdims=True))
+        without_top = raw / raw.sum(axis=1, keepdims=True)
+        scaled = 1 / (1 - others)
+        scaled[rows, top] = 0.0
+        left_out = plain * (scaled.sum(axis=1, keepdims=True) - scaled) + without_top
+        return Weights(plain, samples * plain - (samples - 1) / samples * left_out, others, without_top, top)
+
+    def _costs(self, signed: np.ndarray) -> np.ndarray:
+        """[m] mean over prompts of the costs by weights [P, K]."""
+        found: np.ndarray = signed.reshape(-1) @ self.costs.reshape(signed.size, -1) / len(signed)
         return found
+
+    def _hessian(self, weights: np.ndarray) -> np.ndarray:
+        """[m, m] covariance of the costs within a prompt by weights [P, K], over β."""
+        mean = np.matmul(weights[:, None, :], self.costs)
+        return _products(weights, self.costs - mean) / len(weights) / self.beta
+
+
+def _products(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """[m, m] the sum over all samples of w v vᵀ. Args: weights [P, K], values [P, K, m]."""
+    flat = values.reshape(weights.size, -1)
+    found: np.ndarray = (weights.reshape(-1, 1) * flat).T @ flat
+    return found
