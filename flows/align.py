@@ -68,8 +68,8 @@ class Alignment:
 def align(bench: Workbench, prepared: Prepared, scored: Scored, journal: Journal | None = None) -> Alignment:
     """Train at lambda, measure on the selection prompts, move lambda; then choose among the rounds."""
     plan = plan_dual(bench, prepared, scored)
-    if plan.warning:
-        log.warning(plan.warning)
+    for warning in plan.warnings:
+        log.warning(warning)
     if journal is not None:
         journal.price(plan.price)
     floor = exact_floor(bench, prepared) if bench.config.on_testbed else None

@@ -71,7 +71,7 @@ def plan_experiment(config: ExperimentConfig) -> dict[str, Any]:
         prepared = prepare.fn(bench)
         scored = preference_models.fn(bench, prepared)
         dual = plan_dual(bench, prepared, scored)
-        margin, warnings, price = dual.margins, [dual.warning] if dual.warning else [], dual.price
+        margin, warnings, price = dual.margins, dual.warnings, dual.price
         alignment = align.fn(bench, prepared, scored, None)
         evaluate.fn(bench, prepared, scored, alignment)
         rest: tuple[str, ...] = ()

@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 CURVE_POINTS = 60
 PRICE_POINTS = 8
+# Below so many of a prompt's reference samples that carry weight, or such a share of them, the prediction is warned of.
+FEWEST_SAMPLES = 2.0
+FEWEST_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class OfflinePlan:
         margins: [m] distances below the limits that training aims at.
         settings: how lambda moves, with targets and limits.
         first_lambda: [m] the first round's multipliers.
-        warning: what the user should know before training; "" when nothing.
+        warnings: what the user should know before training.
+        effective_samples: of a prompt's reference samples, how many carry weight at the first lambda's prediction.
         price: what each limit would cost in reward, as the samples predict it (`OfflineDual.price_of_limits`).
     """
 
@@ -48,7 +52,8 @@ class OfflinePlan:
     margins: list[float]
     settings: DualSettings
     first_lambda: tuple[float, ...]
-    warning: str
+    warnings: list[str]
+    effective_samples: float
     price: list[dict[str, Any]]
 
 
@@ -70,9 +75,10 @@ def plan_dual(bench: Workbench, prepared: Prepared, scored: Scored) -> OfflinePl
         target=tuple(target.tolist()),
         limit=tuple(limits.tolist()),
     )
-    warning = _reach_warning(bench.names, dual, limits, solved)
+    warnings = [*below_samples(bench.names, dual, limits), *few_samples(dual, solved)]
+    carry = dual.expected(solved).effective_samples
     price = dual.price_of_limits(limits, config.dual.lambda_max, PRICE_POINTS)
-    return OfflinePlan(dual, margins.tolist(), settings, tuple(first.tolist()), warning, price)
+    return OfflinePlan(dual, margins.tolist(), settings, tuple(first.tolist()), warnings, carry, price)
 
 
 def corrected_plan(
@@ -103,7 +109,9 @@ def corrected_plan(
         dual.beta,
         said,
     )
-    return replace(plan, first_lambda=tuple(first.tolist()))
+    warnings = [*below_samples(bench.names, dual, np.asarray(plan.settings.limit)), *few_samples(dual, first)]
+    carry = dual.expected(first).effective_samples
+    return replace(plan, first_lambda=tuple(first.tolist()), warnings=warnings, effective_samples=carry)
 
 
 def offline_dual(bench: Workbench, scored: Scored) -> OfflineDual:
@@ -151,15 +159,23 @@ def _margins(bench: Workbench, prepared: Prepared, scored: Scored, dual: Offline
     )
 
 
-def _reach_warning(names: list[str], dual: OfflineDual, limits: np.ndarray, solved: np.ndarray) -> str:
+def below_samples(names: list[str], dual: OfflineDual, limits: np.ndarray) -> list[str]:
+    """A warning where a limit is below everything that the reference samples can represent."""
     floor = dual.floor()
     low = [f"{name} ≤ {c:g} (lowest {f:.2f})" for name, c, f in zip(names, limits, floor, strict=True) if c < f]
-    if low:
-        return "the limit lies below the lowest mean cost among the reference samples: " + ", ".join(low)
-    share = dual.expected(solved).effective_samples / dual.reward.shape[1]
-    if share < 0.1:
-        return f"only {100 * share:.0f} % of the reference samples carry weight at the first lambda: the estimate leans"
-    return ""
+    return ["the limit lies below the lowest mean cost among the reference samples: " + ", ".join(low)] if low else []
+
+
+def few_samples(dual: OfflineDual, lambda_: np.ndarray) -> list[str]:
+    """A warning where few of a prompt's samples carry the prediction at a lambda, by their effective number."""
+    carry, samples = dual.expected(lambda_).effective_samples, dual.reward.shape[1]
+    if carry >= max(FEWEST_SHARE * samples, FEWEST_SAMPLES):
+        return []
+    said = ", ".join(f"{value:.3g}" for value in lambda_)
+    return [
+        f"of a prompt's {samples} reference samples only {carry:.1f} carry weight at the predicted λ = {said}: the "
+        "prediction leans to what those few say; more samples (sampling.reference) or a larger dpo.beta help"
+    ]
 
 
 def dual_round(

@@ -85,6 +85,7 @@ def experiment_result(
             "at_zero": float(plan.dual.expected(np.zeros(len(names))).costs[0]),
             "floor": float(outcome.floor[0]),
             "price": plan.price,
+            "effective_samples": plan.effective_samples,
         },
         "instrument": [failure.record() for failure in certified.failures] if certified else [],
         "warnings": _warnings(names, plan, scorers, outcome),
@@ -109,7 +110,7 @@ def experiment_result(
 
 def _warnings(names: Sequence[str], plan: OfflinePlan, scorers: Mapping[str, Any], outcome: Outcome) -> list[str]:
     """What the reader must know besides: of the plan, of responses that were cut, of what was not checked."""
-    lines = [plan.warning] if plan.warning else []
+    lines = [*plan.warnings]
     measured = {"the policy": outcome.certified.measured if outcome.certified else None}
     measured["the reference"] = outcome.test["reference"]
     for label, item in measured.items():

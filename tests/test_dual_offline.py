@@ -11,6 +11,7 @@ from scipy.special import softmax
 from cdpo_core.dual.offline import WEAKEST, OfflineDual
 from cdpo_core.dual.quadratic import box_newton_step
 from cdpo_core.randomness import numpy_stream
+from tasks.dual import below_samples, few_samples
 
 BETA = 0.5
 
@@ -244,3 +245,22 @@ def test_the_price_of_limits_falls_with_them_and_marks_what_is_out_of_reach() ->
     assert all(before >= after - 1e-6 for before, after in pairwise(rewards))
     far = dual.price_of_limits(dual.floor() - 1.0, 20.0, 4)
     assert [row["reachable"] for row in far if row["asked"]] == [False]
+
+
+@pytest.mark.parametrize("k", [4, 16, 64])
+def test_a_prediction_that_few_samples_carry_is_warned_of_however_many_there_are(k: int) -> None:
+    rng = numpy_stream(0, "few samples", k)
+    reward, costs = rng.normal(size=(30, k)), rng.normal(size=(30, k, 1))
+    (said,) = few_samples(OfflineDual(reward, costs, 0.01), np.array([0.5]))
+    assert f"{k} reference samples only 1." in said
+    assert "λ = 0.5" in said
+    assert few_samples(OfflineDual(reward, costs, 10.0), np.array([0.5])) == []
+
+
+def test_a_limit_below_all_samples_is_named_with_the_lowest_mean() -> None:
+    dual = Toy(2).all_samples()
+    floor = dual.floor()
+    (said,) = below_samples(["harm", "other"], dual, floor + np.array([-0.5, 0.5]))
+    assert f"harm ≤ {floor[0] - 0.5:g} (lowest {floor[0]:.2f})" in said
+    assert "other" not in said
+    assert below_samples(["harm", "other"], dual, floor + 0.1) == []

@@ -19,7 +19,6 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import logsumexp
 
-
 ITERATIONS = 200
 # A cost this close to its limit has met it (shares of the costs' range).
 TOLERANCE = 1e-9
