@@ -1,4 +1,4 @@
-"""A program of Prefect's server, run so that it does not stand still for a minute on SQLite.
+"""A program of Prefect's server, run behind the guard, and so that it does not stand still for a minute on SQLite.
 
     python -m flows.prefect_server prefect server start --port 4200
 
@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 
+from flows.page_guard import guard_uvicorn
 from flows.prefect_database import place_empty_database
 
 COMMAND = [sys.executable, "-m", "flows.prefect_server"]
@@ -24,6 +25,7 @@ YOUNG_SECONDS, ALL_SECONDS = 1.0, 60.0
 def main() -> None:
     """Run the module that is named first, with the arguments behind it, on a database that needs no making."""
     place_empty_database()
+    guard_uvicorn()
     collect_garbage_beside()
     sys.argv = sys.argv[1:]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows.databases import VARIABLE, Databases
+from flows.mlflow_server import COMMAND as MLFLOW_SERVER
+from flows.page_guard import HOSTS, ORIGINS, named_hosts, own_names
 from flows.pools import POOL, SWEEP_POOL
 from flows.prefect_server import COMMAND as PREFECT_SERVER
 from flows.processes import MARKER
@@ -144,6 +146,8 @@ class Stack:
         environment = {
             **self.for_clients(),
             "PREFECT_SERVER_UI_API_URL": f"{self.prefect}/api",
+            "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ",".join(self._pages(self.prefect_port)),
+            **self._guard(self.prefect_port),
             # A schedule that was added a minute ahead of its time would be missed by the default of a minute.
             "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "10",
         }
@@ -159,10 +163,12 @@ class Stack:
         backend, artifacts = local_mlflow(self.home)
         if self.databases:
             backend = self.databases.url("psycopg2", self.databases.mlflow)
-        names = {self.host, "localhost"} if self.host == "127.0.0.1" else {self.host}
-        hosts = ",".join(f"{name}{port}" for name in sorted(names) for port in ("", f":{self.mlflow_port}"))
-        command = [*PYTHON, "mlflow", "server", "--host", self.host, "--port", str(self.mlflow_port), "--workers", "1"]
-        command += ["--backend-store-uri", backend, "--allowed-hosts", hosts]
+        # A tunnel or a proxy may have another port.
+        hosts = [f"{name}{port}" for name in [*own_names(self.host), *named_hosts()] for port in ("", ":*")]
+        origins = [f"{scheme}://{host}" for scheme in ("http", "https") for host in hosts]
+        command = [*MLFLOW_SERVER, "server", "--host", self.host, "--port", str(self.mlflow_port), "--workers", "1"]
+        command += ["--backend-store-uri", backend]
+        command += ["--allowed-hosts", ",".join(hosts), "--cors-allowed-origins", ",".join(origins)]
         if self.store.startswith("s3://"):
             command += ["--artifacts-destination", f"{self.store.rstrip('/')}/mlflow"]
         else:
@@ -170,7 +176,11 @@ class Stack:
         return command + (["--app-name", "basic-auth"] if self.login else [])
 
     def _mlflow_environment(self) -> dict[str, str]:
-        environment = {**self.for_clients(), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        environment = {
+            **self.for_clients(),
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            **self._guard(self.mlflow_port),
+        }
         if self.login:
             environment |= {
                 "MLFLOW_AUTH_CONFIG_PATH": str(self._auth_config),
@@ -179,6 +189,13 @@ class Stack:
                 "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
             }
         return environment | self._database_password()
+
+    def _pages(self, port: int) -> list[str]:
+        """The origins that a server's pages have, opened by any of its names on this machine."""
+        return [f"http://{name}:{port}" for name in own_names(self.host)]
+
+    def _guard(self, port: int) -> dict[str, str]:
+        return {HOSTS: ",".join([*own_names(self.host), *named_hosts()]), ORIGINS: ",".join(self._pages(port))}
 
     def _database_password(self) -> dict[str, str]:
         if not self.databases:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from cdpo_core.errors import CdpoError
+from flows.page_guard import HOSTS, ORIGINS
 from flows.prefect_server import COMMAND as PREFECT_SERVER
 from flows.processes import Child, free_port, http_json, tail
 from tasks.environment import TEMPORARY_PREFECT
@@ -109,7 +110,8 @@ class _Server:
         command += ["--host", "127.0.0.1", "--port", str(self._port), "--log-level", "error", "--lifespan", "on"]
         # As Prefect starts its own: no pages, and no services that only a lasting server needs.
         own = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
-        environment = {name: value for name, value in os.environ.items() if name not in (ADDRESS, TEMPORARY_PREFECT)}
+        elsewhere = (ADDRESS, TEMPORARY_PREFECT, HOSTS, ORIGINS)
+        environment = {name: value for name, value in os.environ.items() if name not in elsewhere}
         return Child("Prefect's server", command, {**environment, **own}, self.log, ends_with_parent=True)
 
 

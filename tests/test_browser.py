@@ -1,6 +1,7 @@
 """What a person does in the two UIs, in a real browser against the servers of `cdpo up`.
 
-The form is filled in, the run followed to its end, and its charts, report and sweep are looked at in MLflow.
+The form is filled in, the run followed to its end, and its charts, report and sweep are looked at in MLflow. What these
+pages ask for stays on this machine, and a page of another origin in the same browser gets nothing done.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from browser_kit import PICTURES, browser, picture
+from browser_kit import PICTURES, Attacker, attacker, browser, picture, sent_elsewhere
 from playwright.sync_api import BrowserContext, Locator, Page, expect
-from up_kit import ROOT, Up, up_running
+from up_kit import ROOT, Up, ask, up_running
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
@@ -144,6 +146,69 @@ def test_sweep_opens_on_charts_of_its_children_over_the_limit(up: Up, web: Brows
     for chart in charts.all():
         expect(chart.locator(".scatterlayer .point")).to_have_count(len(SWEPT))
     picture(page, "mlflow_sweep", 1280)
+
+
+@pytest.fixture(scope="module")
+def evil() -> Iterator[Attacker]:
+    with attacker() as running:
+        yield running
+
+
+def _everything(up: Up) -> Any:
+    """The names of what a foreign page could have made."""
+    found = [up.api("POST", f"/{kind}/filter", {}) for kind in ("flows", "deployments", "variables")]
+    found.append(up.tracking("experiments/search", {"max_results": 100})["experiments"])
+    found.append(ask(f"{up.mlflow}/api/2.0/mlflow/registered-models/search").get("registered_models", []))
+    return [sorted(item["name"] for item in items) for items in found]
+
+
+@pytest.mark.parametrize("name", ["elsewhere", "rebound", "another port"])
+def test_a_page_of_another_origin_gets_nothing_done(up: Up, evil: Attacker, name: str) -> None:
+    before = _everything(up)
+    rebound = name == "rebound"
+    prefect, mlflow = (evil.rebound(address) if rebound else address for address in (_ui(up), up.mlflow))
+    made = [
+        (f"{prefect}/api/flows/", {"name": "evil"}),
+        (f"{prefect}/api/variables/", {"name": "evil", "value": "1"}),
+        (f"{mlflow}/api/2.0/mlflow/experiments/create", {"name": "evil"}),
+        (f"{mlflow}/ajax-api/2.0/mlflow/registered-models/create", {"name": "evil"}),
+    ]
+    # A rebound page's requests go to its own name, so that the browser holds nothing back.
+    page = evil.page(prefect if rebound else ("http://127.0.0.1" if name == "another port" else "http://evil.example"))
+    for address, body in made:
+        for answer in evil.tries(page, address, body):
+            assert answer in ("refused by the browser", "403"), (address, answer)
+    for address in (f"{prefect}/api/flows/filter", f"{mlflow}/ajax-api/2.0/mlflow/experiments/search?max_results=9"):
+        assert evil.read(page, address) in ("refused by the browser", "403"), address
+    for path in ("api/events/in", "api/events/out", "api/logs/out"):
+        assert evil.socket(page, f"{prefect}/{path}".replace("http", "ws", 1)) == "closed", path
+    for address in () if rebound else (prefect, mlflow):
+        assert evil.framed(page, address) == "nothing", address
+    assert _everything(up) == before
+
+
+def test_nothing_that_the_pages_do_leaves_the_machine(up: Up) -> None:
+    with browser(reach_out=True) as context:
+        elsewhere = sent_elsewhere(context)
+        page = context.new_page()
+        second = [
+            f"v2/{path}" for path in ("dashboard", "runs", "deployments", "blocks/catalog", "automations", "settings")
+        ]
+        for path in (*second, "dashboard", "blocks/catalog", "settings"):
+            page.goto(f"{_ui(up)}/{path}")
+            expect(page.locator("a:visible").first).to_be_visible()
+            page.wait_for_timeout(500)
+        for path in ("", "experiments", "models", "prompts", "settings", "settings/webhooks"):
+            page.goto(f"{up.mlflow}/#/{path}")
+            expect(page.locator("a:visible").first).to_be_visible()
+            page.wait_for_timeout(500)
+        assert page.evaluate("fetch('/ajax-api/3.0/mlflow/ui-telemetry').then(answer => answer.json())")[
+            "disable_ui_telemetry"
+        ]
+        page.goto("about:blank")
+        # The pages do try: without the header these would have gone out.
+        assert elsewhere.stopped
+        assert not elsewhere.sent
 
 
 def _submitted(page: Page) -> str:

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from cdpo_core.config import ExperimentConfig
+from flows.page_guard import HOSTS, ORIGINS
 from flows.pools import POOL, SWEEP_POOL
 from flows.stack import Stack
 from tasks.access import Login
@@ -87,10 +88,13 @@ def test_ports_are_on_loopback_and_images_are_pinned() -> None:
 
 def test_the_servers_are_started_as_cdpo_up_starts_them(tmp_path: Path) -> None:
     prefect, mlflow = (part.command[2:] for part in stack(tmp_path).servers())
-    assert prefect.pop(0) == "flows.prefect_server"  # against SQLite's locks; the containers have PostgreSQL
+    assert prefect[:2] == ["flows.prefect_server", "prefect"]
     for service, mine in (("prefect", prefect), ("mlflow", mlflow)):
         assert options(command(service)) == options(mine), service
-        assert command(service)[:2] == mine[:2]
+        assert command(service)[2:4] == mine[:2]
+        guarded = stack(tmp_path).servers()
+        assert all({HOSTS, ORIGINS} <= part.environment.keys() for part in guarded)
+        assert {HOSTS, ORIGINS} <= services()[service]["environment"].keys(), service
     workers = {pool: part.command[2:] for pool, _, part in stack(tmp_path).pool_workers()}
     for service, pool in (("worker", POOL), ("sweep-worker", SWEEP_POOL)):
         # A name is given where there is one of it; Prefect names the others by their process.
@@ -105,11 +109,11 @@ def options(words: list[str]) -> set[str]:
 def test_the_commands_are_ones_the_programs_take() -> None:
     from mlflow.cli import server
 
-    with server.make_context("server", command("mlflow")[2:], resilient_parsing=False) as context:
+    with server.make_context("server", command("mlflow")[4:], resilient_parsing=False) as context:
         assert context.params["app_name"] == "basic-auth"
         assert "localhost:5000" not in context.params["allowed_hosts"]  # the default stands in ${…}
     for service in ("prefect", "worker", "sweep-worker"):
-        words = command(service)
+        words = command(service)[3 if service == "prefect" else 0 :]
         done = subprocess.run(
             [sys.executable, "-m", "prefect", *words[1:3], "--help"], capture_output=True, text=True, check=True
         )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import yaml
-from up_kit import ROOT, Up, up_running
+from up_kit import ROOT, Up, ask, up_running
 
 from deployments.definitions import DEFINITIONS
 from flows.pools import POOL, SWEEP_POOL
@@ -39,6 +40,47 @@ def test_all_is_there_when_the_addresses_are_printed(running: Up) -> None:
         workers = running.api("POST", f"/work_pools/{pool}/workers/filter", {})
         assert [worker["status"] for worker in workers] == ["ONLINE"]
         assert {item["work_pool_name"] for item in deployed.values()} == {POOL, SWEEP_POOL}
+
+
+FOREIGN = [
+    {"Origin": "https://evil.example"},
+    {"Origin": "http://localhost:8080"},
+    {"Origin": "null"},
+    {"Sec-Fetch-Site": "cross-site"},
+    {"Host": "evil.example"},
+]
+
+
+@pytest.mark.parametrize("headers", FOREIGN, ids=str)
+def test_requests_of_foreign_pages_are_refused_and_make_nothing(running: Up, headers: dict[str, str]) -> None:
+    prefect = running.prefect.removesuffix("/api")
+    for url, method, body in [
+        (f"{prefect}/api/flows/", "POST", {"name": "evil"}),
+        (f"{prefect}/api/flows/", "OPTIONS", None),
+        (f"{prefect}/api/flows/filter", "POST", {}),
+        (f"{prefect}/api/health", "GET", None),
+        (f"{prefect}/", "GET", None),
+        (f"{running.mlflow}/api/2.0/mlflow/experiments/create", "POST", {"name": "evil"}),
+        (f"{running.mlflow}/ajax-api/2.0/mlflow/experiments/search?max_results=1", "GET", None),
+        (f"{running.mlflow}/", "GET", None),
+    ]:
+        for kind in ("application/json", "text/plain"):
+            status, _ = ask(url, method, body, {**headers, "Content-Type": kind})
+            assert status == 403, url
+    assert "evil" not in [flow["name"] for flow in running.api("POST", "/flows/filter", {})]
+    found = running.tracking("experiments/search", {"max_results": 100})["experiments"]
+    assert "evil" not in [item["name"] for item in found]
+
+
+def test_no_answer_lets_every_page_read_it(running: Up) -> None:
+    for url in (f"{running.prefect}/health", running.prefect.removesuffix("/api") + "/", f"{running.mlflow}/"):
+        with urllib.request.urlopen(url) as answer:
+            assert answer.headers["Access-Control-Allow-Origin"] is None
+            assert "frame-ancestors 'self'" in answer.headers["Content-Security-Policy"], url
+    own = running.prefect.removesuffix("/api").replace("127.0.0.1", "localhost")
+    asked = urllib.request.Request(f"{running.prefect}/health", headers={"Origin": own})
+    with urllib.request.urlopen(asked) as answer:
+        assert answer.headers["Access-Control-Allow-Origin"] == own
 
 
 def test_a_second_one_is_refused(running: Up) -> None:

@@ -103,6 +103,17 @@ def test_both_servers_refuse_who_has_no_password(team: Team) -> None:
     assert team.up.tracking("experiments/search", {"max_results": 10})["experiments"]
 
 
+def test_a_login_is_of_no_use_to_a_foreign_page(team: Team) -> None:
+    clients = team.up.environment
+    login = base64.b64encode(f"{clients['CDPO_USERNAME']}:{clients['CDPO_PASSWORD']}".encode()).decode()
+    for foreign in ({"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}, {"Host": "evil.example"}):
+        headers = {**foreign, "Authorization": f"Basic {login}"}
+        assert ask(f"{team.up.prefect}/flows/", "POST", {"name": "evil"}, headers)[0] == 403
+        made = ask(f"{team.up.mlflow}/api/2.0/mlflow/experiments/create", "POST", {"name": "evil"}, headers)
+        assert made[0] == 403
+    assert "evil" not in [flow["name"] for flow in team.up.api("POST", "/flows/filter", {})]
+
+
 def test_two_workers_take_experiments_and_one_takes_sweeps(team: Team) -> None:
     for pool, number in ((POOL, 2), (SWEEP_POOL, 1)):
         workers = team.up.api("POST", f"/work_pools/{pool}/workers/filter", {})
