@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.config_problems import LineNumbers, describe_problems, holds_fields
 from cdpo_core.errors import InputError
+from cdpo_core.plain_yaml import MOST_CHARACTERS, compose_yaml, read_yaml
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -80,20 +81,16 @@ def parse_yaml(text: str, where: str) -> tuple[dict[str, Any], LineNumbers]:
         InputError: broken YAML, a duplicate key, or a document that is not a mapping; with the line.
     """
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = compose_yaml(text)
         lines: LineNumbers = {}
         if root is not None:
             _walk(root, "", lines, where)
-        values = yaml.safe_load(text)
+        values = read_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         place = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
         raise InputError(f"this is not valid YAML: {problem}", where=place, fix="correct that line") from None
-    except RecursionError:
-        raise InputError(
-            "this YAML refers to itself", where=where, fix="remove the alias (*) inside its own anchor"
-        ) from None
     if not isinstance(values, dict):
         found = "empty" if values is None else f"a {type(values).__name__}"
         raise InputError(
@@ -125,7 +122,9 @@ def _read(source: str) -> tuple[str, str]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as stream:
+            # One character more is enough to be refused as too long.
+            return stream.read(MOST_CHARACTERS + 1)
     except UnicodeDecodeError:
         raise InputError("this is not a text file", where=str(path), fix="give a YAML file (UTF-8)") from None
     except OSError as error:
@@ -179,7 +178,7 @@ def _put(values: dict[str, Any], path: str, value: Any) -> None:
 
 def _structure(path: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return read_yaml(text)
     except yaml.YAMLError:
         raise InputError(
             f"{path} is a section or a list, and its value is not valid YAML",

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from cdpo_core.errors import InputError
+from cdpo_core.plain_yaml import read_yaml
 from flows.pools import POOL, SWEEP_POOL
 from tasks.environment import DEFAULT_STORE, RUN_SETTINGS
 from tasks.mlflow_connection import without_secrets
@@ -78,7 +77,7 @@ def base_template(kind: str) -> dict[str, Any]:
         template["variables"]["properties"]["env"]["default"] = RUN_SETTINGS
         return template
     text = resources.files("deployments").joinpath(f"{kind}.yaml").read_text(encoding="utf-8")
-    template = yaml.safe_load(text)
+    template = read_yaml(text)
     told = {name: os.environ[name] for name in TOLD if os.environ.get(name)}
     secret = [name for name, value in told.items() if without_secrets(value) != value]
     if secret:

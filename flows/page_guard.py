@@ -47,7 +47,7 @@ class PageGuard:
             return
         reason = self._refusal(scope)
         if not reason:
-            await self._app(scope, receive, self._with_headers(send))
+            await self._app(scope, receive, self._with_headers(scope, send))
         elif scope["type"] == "websocket":
             await receive()
             await send({"type": "websocket.close", "code": 1008, "reason": reason})
@@ -73,13 +73,19 @@ class PageGuard:
             return ""
         return "this server answers to its own pages only"
 
-    def _with_headers(self, send: Send) -> Send:
-        names = {name for name, _ in self._headers}
+    def _with_headers(self, scope: Message, send: Send) -> Send:
+        """Answers with the guard's headers; only to one of the own pages may the server name who may read them."""
+        named = {name for name, _ in self._headers}
+        asking = {value.decode("latin-1").lower() for name, value in scope["headers"] if name.lower() == b"origin"}
+        is_own = bool(asking) and asking <= self._origins
+
+        def is_theirs(name: bytes) -> bool:
+            return name not in named and (is_own or not name.startswith(b"access-control-"))
 
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
-                others = [(name, value) for name, value in message.get("headers", []) if name.lower() not in names]
-                message["headers"] = [*others, *self._headers]
+                theirs = [(name, value) for name, value in message.get("headers", []) if is_theirs(name.lower())]
+                message["headers"] = [*theirs, *self._headers]
             await send(message)
 
         return sending

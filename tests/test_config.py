@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from cdpo_core.config import ExperimentConfig
-from cdpo_core.config_loading import dump_config, load_config, preset_names
+from cdpo_core.config_loading import dump_config, load_config, parse_yaml, preset_names
 from cdpo_core.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -119,6 +121,70 @@ def test_bad_file(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "my.yaml"
     path.write_text(text)
     _refused(str(path), {}, [*said, "my.yaml"])
+
+
+def _bomb(opened: str, closed: str) -> str:
+    """Nine levels of nine aliases each: half a billion values in some hundred characters."""
+    levels = [f"a0: &a0 {opened}x{closed}"]
+    levels += [f"a{n}: &a{n} {opened}{', '.join([f'*a{n - 1}'] * 9)}{closed}" for n in range(1, 10)]
+    return "\n".join(levels)
+
+
+BOMBS = {
+    "aliases in lists": _bomb("[", "]"),
+    "aliases in mappings": "\n".join(
+        ["a0: &a0 {x: 1}"]
+        + [f"a{n}: &a{n} {{{', '.join(f'k{i}: *a{n - 1}' for i in range(9))}}}" for n in range(1, 10)]
+    ),
+    "merged keys": "\n".join(
+        ["a0: &a0 {x: 1}"] + [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 10)]
+    ),
+    "deep lists": "dpo: " + "[" * 10_000,
+    "deep mappings": "dpo: " + "{a: " * 10_000,
+    "deep blocks": "dpo: " + "- " * 10_000,
+    "a long number": f"seed: {'9' * 30_000}",
+    "a long number in minutes": f"seed: 1{':59' * 10_000}",
+    "a long fraction": f"dpo: {{beta: 0.{'9' * 30_000}}}",
+    "a 13th month": "name: 2026-13-01",
+    "a long file": "# " + "x" * 1_000_000,
+    "many values": "data: [" + "1," * 100_000 + "]",
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_file_that_would_take_the_machine_is_refused(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(yaml.constructor.SafeConstructor, "construct_object", _counted(10_000))
+    path = tmp_path / "my.yaml"
+    path.write_text(BOMBS[kind])
+    _refused(str(path), {}, ["not valid YAML", "my.yaml"])
+    if len(BOMBS[kind]) < 1000:
+        _refused("tiny", {"data": BOMBS[kind]}, ["not valid YAML", "--data"])
+
+
+def _counted(most: int) -> Any:
+    """Constructing a value, which fails a test that would construct without end."""
+    construct, seen = yaml.constructor.SafeConstructor.construct_object, []
+
+    def counted(self: Any, node: Any, deep: bool = False) -> Any:
+        seen.append(None)
+        assert len(seen) < most
+        return construct(self, node, deep)
+
+    return counted
+
+
+def test_an_alias_or_two_are_fine() -> None:
+    config, _ = parse_yaml("dpo: &a {beta: 0.5}\ndual: *a\nsft: {<<: *a, x: 1}", "text")
+    assert config == {"dpo": {"beta": 0.5}, "dual": {"beta": 0.5}, "sft": {"beta": 0.5, "x": 1}}
+
+
+def test_no_yaml_is_read_but_with_the_bounded_reader() -> None:
+    for folder in ("cdpo_core", "tasks", "flows", "deployments"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if path.name != "plain_yaml.py":
+                assert not re.search(r"yaml\.\w*(load|compose|parse|scan)", path.read_text()), path
 
 
 BAD_OVERRIDES = {

@@ -33,7 +33,7 @@ async def server(scope: Any, receive: Any, send: Any) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.accept"})
         return
-    theirs = [(b"content-type", b"text/html"), (b"X-Frame-Options", b"ALLOWALL")]
+    theirs = [(b"X-Frame-Options", b"ALLOWALL"), (b"Access-Control-Allow-Origin", b"*")]
     await send({"type": "http.response.start", "status": 200, "headers": theirs})
     await send({"type": "http.response.body", "body": b"made"})
 
@@ -113,6 +113,10 @@ def test_every_answer_keeps_its_page_to_itself(guard: PageGuard) -> None:
             assert not {"*", "https:", "http:"} & set(directive.split()), directive
         assert answer[b"x-frame-options"] == b"SAMEORIGIN"
         assert b"X-Frame-Options" not in answer
+        assert b"Access-Control-Allow-Origin" not in answer
+    assert b"Access-Control-Allow-Origin" in dict(
+        asked(guard, ("host", "localhost"), ("origin", OURS[0]))[0]["headers"]
+    )
 
 
 def test_the_environment_names_hosts_and_pages(monkeypatch: pytest.MonkeyPatch) -> None:
