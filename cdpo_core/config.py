@@ -174,6 +174,9 @@ class CertificateConfig(Section):
     power: float = Field(0.9, gt=0, lt=1, description="Planned probability that a policy at the training target passes.", json_schema_extra={"position": 2})
     cost_low: float = Field(-10.0, description="`bounded` clips costs from below here (calibrated cost units).", json_schema_extra={"position": 3})
     cost_high: float = Field(10.0, description="`bounded` clips costs from above here (calibrated cost units); a larger cost fails the test.", json_schema_extra={"position": 4})
+    spending: Literal["squares", "none"] = Field("squares", description="`squares` tests at 6 delta / (pi k)^2 where the prompts are used for the k-th time, so that delta holds for all tests ever made on them; `none` tests at delta, which then holds for one test alone.", json_schema_extra={"position": 5})
+    family: str = Field("", pattern=r"^[0-9a-f]*$", description="The sweep whose share of delta this experiment's test has a part of; sweeps set it.", json_schema_extra={"position": 6})
+    family_tests: int = Field(1, ge=1, le=9999, description="Tests among which the sweep's share of delta is divided; sweeps set it.", json_schema_extra={"position": 7})
 
     @model_validator(mode="after")
     def _ordered(self) -> CertificateConfig:

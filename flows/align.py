@@ -91,7 +91,7 @@ def align(bench: Workbench, prepared: Prepared, scored: Scored, journal: Journal
         figures = {
             "cost": history[-1].cost,
             "cost_half_width": history[-1].half_width,
-            "cost_upper": cost_upper(bench, scored, candidates[-1]),
+            "cost_upper": cost_upper(bench, prepared, scored, candidates[-1]),
             "reward": measured.reward().mean,
             "kl": measured.kl().mean,
             "safe_rate": measured.safe_rate(bench.names).mean,
@@ -103,7 +103,7 @@ def align(bench: Workbench, prepared: Prepared, scored: Scored, journal: Journal
             journal.round(rounds, policy)
     status, reason = _verdict(bench, plan, step)
     log.info(reason)
-    chosen = choose_round(bench, scored, candidates)
+    chosen = choose_round(bench, prepared, scored, candidates)
     zero = unconstrained.policy if unconstrained else None
     return Alignment(plan, history, rounds, policies, chosen, status, reason, floor, zero)
 

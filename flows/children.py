@@ -27,6 +27,7 @@ from flows.experiment import experiment, sections
 from flows.grid import Combination, words
 from tasks.child_runs import POLL_SECONDS, ChildRuns
 from tasks.external import RESERVED_BASES
+from tasks.ledger import family_key
 from tasks.prefect_patience import begun
 from tasks.result import outcome_name
 from tasks.tracking import experiment_key
@@ -86,16 +87,31 @@ Listener = Callable[[Ended], None]
 
 
 def children_of(combinations: Sequence[Combination], limits: Sequence[float]) -> list[Child]:
-    """One child for each combination and limit; the first can share with all others."""
+    """One child for each combination and limit; the first can share with all others.
+
+    All of them are one family of tests, which has one share of δ (`tasks.ledger`) and is known by its whole grid.
+    """
+    inputs = [open_workbench(item.config).external_digests() for item in combinations]
+    grid = [
+        (item, at, with_limit(item.config, limit, item.settings))
+        for item in combinations
+        for at, limit in enumerate(limits)
+    ]
+    digests = [found for found in inputs for _ in limits]
+    family = family_key([(config, found) for (_, _, config), found in zip(grid, digests, strict=True)])
     children = []
-    for item in combinations:
-        inputs = open_workbench(item.config).external_digests()
-        for at, limit in enumerate(limits):
-            config = with_limit(item.config, limit, item.settings)
-            children.append(
-                Child((*item.place, at), item.settings, limit, config, experiment_key(config, inputs)),
-            )
+    for (item, at, alone), found in zip(grid, digests, strict=True):
+        config = in_family(alone, family, len(grid))
+        children.append(Child((*item.place, at), item.settings, limits[at], config, experiment_key(config, found)))
     return children
+
+
+def in_family(config: ExperimentConfig, family: str, tests: int) -> ExperimentConfig:
+    """A child's config with its part in the sweep's share of δ; as it is when nothing is spent, or nobody shares."""
+    if tests == 1 or config.certificate.spending == "none":
+        return config
+    certificate = config.certificate.model_copy(update={"family": family, "family_tests": tests})
+    return config.model_copy(update={"certificate": certificate})
 
 
 def with_limit(config: ExperimentConfig, limit: float, settings: Mapping[str, Any]) -> ExperimentConfig:

@@ -98,6 +98,9 @@ def run_compare(
 def _conduct(
     config: ExperimentConfig, limits: Sequence[str], seeds: Sequence[int], methods: Sequence[Method]
 ) -> dict[str, Any]:
+    # A comparison tests nothing on the certificate's prompts, so it draws no share of δ: all plan the same margin.
+    certificate = config.certificate.model_copy(update={"spending": "none"})
+    config = config.model_copy(update={"certificate": certificate})
     check_before_run(config)
     settings = _settings(config, limits, methods)
     records = []

@@ -12,7 +12,7 @@ from typing import Any
 from cdpo_core.artifacts import Manifest, Store
 from cdpo_core.errors import InputError
 from cdpo_core.evaluation.decoding import DECODING, GENERATION, decoding_of, decoding_words, generation_settings
-from cdpo_core.evaluation.result import mean_figures, tail_figures, verdict
+from cdpo_core.evaluation.result import mean_figures, spending_in_words, tail_figures, verdict
 from cdpo_core.models.checkpoints import write_json
 
 RECORDS = "results/"
@@ -156,15 +156,18 @@ def _certificates(result: Mapping[str, Any]) -> str:
             continue
         lines.append(
             f"| {item['name']} | {item['limit']:g} | {certificate['mean']:.4f} | {certificate['upper']:.4f} | "
-            f"{certificate['delta']:g} | {certificate['method']} | {certificate['prompts']} | "
+            f"{certificate['delta']:.3g} | {certificate['method']} | {certificate['prompts']} | "
             f"{'yes' if certificate['passed'] else 'no'} |"
         )
-    spent = (result.get("certificate") or {}).get("spent")
+    first = result.get("certificate") or {}
+    spent, spending = first.get("spent"), spending_in_words(first)
     note = (
         "It bounds the *cost model's* mean cost on prompts like the held-out ones; the cost model itself can be wrong."
     )
     if spent:
         note += f" Tests these prompts have been spent on: {spent}."
+    if spending:
+        note += f" {spending}"
     if decoding := decoding_from(result):
         note += f" It is about responses drawn at {decoding_words(decoding)}, as generation_config.json says;"
         note += " another temperature, length or template is another policy."

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import asdict
+from typing import Any, ClassVar
 
 from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.config import ExperimentConfig
@@ -16,6 +17,7 @@ from flows.prepare import prepare
 from tasks.conditional import CONDITIONAL_STAGE
 from tasks.dual import plan_dual
 from tasks.evaluation import has_judge
+from tasks.ledger import share_for
 from tasks.workbench import Done, Workbench, open_workbench
 
 PLANNED = "planned"
@@ -32,6 +34,8 @@ class _NotComputed(Exception):
 
 class PlanBench(Workbench):
     """A workbench that computes nothing: a missing artifact is a placeholder, and reading one ends the plan."""
+
+    enters: ClassVar[bool] = False
 
     def run(self, stage: Stage, inputs: Mapping[str, ArtifactRef], label: str = "", **extra: Any) -> ArtifactRef:
         """The artifact's reference if it is in the store, else a placeholder."""
@@ -61,15 +65,17 @@ def plan_experiment(config: ExperimentConfig) -> dict[str, Any]:
     Returns:
         stages: [{name, cached, estimate}], estimate in seconds from earlier runs of the same part,
         None where there was none; margin: [m] or None when the costs are not known yet; memory;
-        warnings; price: what each limit would cost in reward, [] until the reference's samples are scored.
+        warnings; share: of δ that the next test would have (`tasks.ledger.Share`), None when its prompts
+        are not known yet; price: what each limit would cost in reward, [] until the reference's samples are scored.
     """
     check_before_run(config)
     real = open_workbench(config)
     bench = PlanBench(config, real.store, real.scratch_root)
-    margin, warnings, price = None, [], []
+    margin, share, warnings, price = None, None, [], []
     try:
         prepared = prepare.fn(bench)
         scored = preference_models.fn(bench, prepared)
+        share = asdict(share_for(bench, prepared, scored))
         dual = plan_dual(bench, prepared, scored)
         margin, warnings, price = dual.margins, dual.warnings, dual.price
         alignment = align.fn(bench, prepared, scored, None)
@@ -80,7 +86,8 @@ def plan_experiment(config: ExperimentConfig) -> dict[str, Any]:
     known = _seconds_by_stage(bench)
     stages = [{"name": done.label, "cached": done.cached, "estimate": known.get(done.label)} for done in bench.results]
     stages += [{"name": name, "cached": False, "estimate": known.get(name)} for name in rest]
-    return {"stages": stages, "margin": margin, "memory": _memory(config), "warnings": warnings, "price": price}
+    found = {"margin": margin, "share": share, "warnings": warnings, "price": price}
+    return {"stages": stages, "memory": _memory(config), **found}
 
 
 def _what_follows(bench: PlanBench) -> tuple[str, ...]:

@@ -19,8 +19,8 @@ def print_plan(plan: Mapping[str, Any], config: ExperimentConfig, console: Conso
     """The stages with what is there already, the planned margin, and the warnings.
 
     Args:
-        plan: stages [{name, cached, estimate}], margin, warnings, as `plan_experiment` returns it; an estimate is in
-            seconds, or words.
+        plan: stages [{name, cached, estimate}], margin, share, warnings, as `plan_experiment` returns it; an estimate
+            is in seconds, or words.
         config: the experiment.
         console: where to print.
     """
@@ -39,6 +39,7 @@ def print_plan(plan: Mapping[str, Any], config: ExperimentConfig, console: Conso
         lines.append(f"memory: about {plan['memory']}")
     limits = ", ".join(f"{item.name} ≤ {item.limit:g}" for item in config.constraints)
     lines.append(f"limits: {limits}; training aims lower, by {_margin(plan.get('margin'))}")
+    lines.append(_share(plan.get("share"), config))
     lines += [f"warning: {warning}" for warning in plan.get("warnings") or []]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -75,6 +76,17 @@ def _time(ahead: Sequence[Any], seconds: float) -> str:
         return "; nothing like them ran in this store yet, so their time is not known"
     known = all(isinstance(value, (int, float)) for value in ahead)
     return f", {'about' if known else 'at least'} {seconds:.0f} s"
+
+
+def _share(share: Mapping[str, Any] | None, config: ExperimentConfig) -> str:
+    asked = f"δ = {config.certificate.delta:g}"
+    if config.certificate.spending == "none":
+        return f"certificate: at {asked}, for this test alone (certificate.spending is none)"
+    if share is None:
+        return f"certificate: at its share of {asked}, which is known once the held-out prompts are"
+    among = f", divided among {share['tests']} tests" if share["tests"] > 1 else ""
+    use = f"as use {share['uses']} of these prompts{among}"
+    return f"certificate: at δ = {share['delta']:.3g} of the {share['asked']:g} asked, {use}"
 
 
 def _margin(value: Any) -> str:

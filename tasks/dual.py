@@ -20,6 +20,7 @@ from cdpo_core.dual.selection import Candidate, select_round
 from cdpo_core.evaluation.measure import Measured
 from cdpo_core.evaluation.metrics import paired_mean, within_prompt_covariance
 from tasks.conditional import largest_lambda, most_rounds
+from tasks.ledger import share_for
 from tasks.preference_models import scorer_reports
 from tasks.records import Prepared, Scored
 from tasks.rounds import measured_from, prompt_strata
@@ -135,7 +136,7 @@ def _margins(bench: Workbench, prepared: Prepared, scored: Scored, dual: Offline
     between = _spreads(bench, prepared, scored, prompt_ids, point.prompt_costs)
     within = (np.diag(point.hessian) * config.dpo.beta).tolist()
     prompts = {split: _prompts_of(bench, scored, split) for split in ("selection", "certificate")}
-    rules = config.certificate
+    rules, delta = config.certificate, share_for(bench, prepared, scored).delta
     # All limits must pass, and their truths hold, together as surely as one alone would.
     power = (len(limits) - 1 + rules.power) / len(limits)
     reports = scorer_reports(bench, scored.scorers)
@@ -144,7 +145,7 @@ def _margins(bench: Workbench, prepared: Prepared, scored: Scored, dual: Offline
             planned_margin(
                 math.sqrt(spread**2 + variance / sampling.certificate),
                 prompts["certificate"],
-                rules.delta,
+                delta,
                 power,
                 rules.method,
                 selection_error=math.hypot(
@@ -231,23 +232,23 @@ def candidate(
     return Candidate(reward=measured.reward().mean, cost=round_.cost, sd=tuple(spread), met=met)
 
 
-def cost_upper(bench: Workbench, scored: Scored, candidate: Candidate) -> list[float]:
+def cost_upper(bench: Workbench, prepared: Prepared, scored: Scored, candidate: Candidate) -> list[float]:
     """[m] what the certificate would say of a round: its selection mean plus the expected half-width."""
-    rules = bench.config.certificate
+    rules, delta = bench.config.certificate, share_for(bench, prepared, scored).delta
     prompts = _prompts_of(bench, scored, "certificate")
     return [
-        mean + expected_half_width(sd, prompts, rules.delta, rules.method, low=rules.cost_low, high=rules.cost_high)
+        mean + expected_half_width(sd, prompts, delta, rules.method, low=rules.cost_low, high=rules.cost_high)
         for mean, sd in zip(candidate.cost, candidate.sd, strict=True)
     ]
 
 
-def choose_round(bench: Workbench, scored: Scored, candidates: list[Candidate]) -> int:
+def choose_round(bench: Workbench, prepared: Prepared, scored: Scored, candidates: list[Candidate]) -> int:
     """Index of the round whose policy goes to the certificate."""
-    rules = bench.config.certificate
+    rules, delta = bench.config.certificate, share_for(bench, prepared, scored).delta
     limits = tuple(item.limit for item in bench.config.constraints)
     prompts = _prompts_of(bench, scored, "certificate")
     clip = {"low": rules.cost_low, "high": rules.cost_high}
-    return select_round(candidates, limits, prompts, rules.delta, rules.method, **clip)
+    return select_round(candidates, limits, prompts, delta, rules.method, **clip)
 
 
 def _prompts_of(bench: Workbench, scored: Scored, split: str) -> int:

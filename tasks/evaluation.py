@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ from cdpo_core.evaluation import instrument
 from cdpo_core.evaluation.decoding import Decoding, decoding_of
 from cdpo_core.evaluation.instrument import Failure
 from cdpo_core.evaluation.measure import Measured
+from tasks.ledger import Share, enter_test
 from tasks.preference_models import scorer_reports
 from tasks.records import Prepared, Scored
 from tasks.rounds import measure_policy, measured_from, prompt_strata
@@ -29,6 +28,7 @@ class Certified:
     """One certificate for each constraint, and how many tests its prompts have been spent on.
 
     Attributes:
+        share: of δ, that each was tested at.
         names: the constraints', in the certificates' order.
         decoding: how the responses were drawn.
         failures: the instruments that do not measure; they take certificates away, whatever the bounds are.
@@ -36,6 +36,7 @@ class Certified:
 
     certificates: list[Certificate]
     measured: Measured
+    share: Share
     spent: int
     names: list[str]
     decoding: Decoding
@@ -54,6 +55,7 @@ class Certified:
         return {
             **asdict(certificate),
             "passed": certificate.passed and measures,
+            **self.share.record(),
             "spent": self.spent,
             "decoding": self.decoding.record(),
             "evidence": evidence,
@@ -66,14 +68,10 @@ def certify_policy(bench: Workbench, prepared: Prepared, scored: Scored, policy:
     limits = [item.limit for item in config.constraints]
     samples = config.sampling.certificate
     measured = measure_policy(bench, prepared, scored, policy, "certificate", samples, "certificate")
-    spent = spend(bench, scored.splits, policy, limits)
-    return Certified(
-        certificates_of(bench, prepared.data, scored.pool_scores, measured, limits, config.certificate.delta),
-        measured,
-        spent,
-        bench.names,
-        decoding_in(bench, policy),
-    )
+    decoding = decoding_in(bench, policy)
+    share, spent = enter_test(bench, prepared, scored, policy, decoding.record())
+    certificates = certificates_of(bench, prepared.data, scored.pool_scores, measured, limits, share.delta)
+    return Certified(certificates, measured, share, spent, bench.names, decoding)
 
 
 def decoding_in(bench: Workbench, policy: ArtifactRef) -> Decoding:
@@ -132,19 +130,6 @@ def certificates_of(
         certify(costs[name].to_numpy(), limit, delta, rules.method, strata=strata(name), **clip)
         for name, limit in zip(bench.names, limits, strict=True)
     ]
-
-
-def spend(bench: Workbench, splits: ArtifactRef, policy: ArtifactRef, limits: Sequence[float]) -> int:
-    """Enter one use of a certificate split in the store's ledger; returns how many there are now.
-
-    The same test of the same policy again is the same entry.
-    """
-    ledger = f"ledger/{splits.digest[:32]}/"
-    rules = bench.config.certificate.model_dump()
-    test = {"policy": policy.digest, "limits": list(limits), "certificate": rules}
-    name = hashlib.sha256(json.dumps(test, sort_keys=True).encode()).hexdigest()[:32]
-    bench.put_record(ledger + name, {**test, "time": datetime.now(UTC).isoformat(timespec="seconds")})
-    return len(bench.store.record_names(ledger))
 
 
 def test_policy(bench: Workbench, prepared: Prepared, scored: Scored, policy: ArtifactRef, label: str) -> Measured:

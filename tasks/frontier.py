@@ -41,8 +41,8 @@ PARAMS_OF_A_CHILD = ("seed", "testbed.seed", "dpo.beta", "dpo.labels", "dual.upd
 def choose_for_sweep(found: Sequence[tuple[ExperimentConfig, Mapping[str, Any]]], tested: int) -> dict[str, Any] | None:
     """The certified child with the most test reward when delta is split over all of them; None without one.
 
-    Choosing the best of several tested policies is several tests, so each must pass at
-    delta / number of tests (Bonferroni).
+    Choosing the best of several tested policies is several tests, so each must pass at delta / number of tests
+    (Bonferroni). Children that drew one share of delta together were tested at that (`tasks.ledger`).
 
     Args:
         found: the children that have a result record, with their configs.
@@ -50,8 +50,11 @@ def choose_for_sweep(found: Sequence[tuple[ExperimentConfig, Mapping[str, Any]]]
     """
     passed = []
     for config, child in found:
-        delta = config.certificate.delta / tested
-        if child["status"] == "certified" and _passes_at(open_workbench(config), child, delta):
+        if child["status"] != "certified":
+            continue
+        is_divided = config.certificate.spending != "none"
+        delta = child["certificate"]["delta"] if is_divided else config.certificate.delta / tested
+        if is_divided or _passes_at(open_workbench(config), child, delta):
             passed.append((child, delta))
     if not passed:
         return None

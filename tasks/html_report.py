@@ -15,7 +15,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cdpo_core.evaluation.decoding import decoding_words
-from cdpo_core.evaluation.result import each, mean_figures, tail_figures
+from cdpo_core.evaluation.result import each, mean_figures, spending_in_words, tail_figures
 from tasks.report_words import explained, headline, interval, limits_of_meaning, meanings, percent, signed
 
 if TYPE_CHECKING:
@@ -144,17 +144,19 @@ def _certificates(result: Record) -> Table:
             rows.append([*row, *["–"] * 6, "not tested"])
             continue
         row += [signed(certificate[key], ".3f") for key in ("mean", "upper")]
-        row += [f"{certificate['delta']:g}", certificate["method"], str(certificate["prompts"])]
+        row += [f"{certificate['delta']:.3g}", certificate["method"], str(certificate["prompts"])]
         rows.append([*row, str(certificate.get("spent") or "–"), "shown" if certificate["passed"] else "not shown"])
     aims = ", ".join(signed(item["target"], ".3f") for item in result["constraints"])
     note = (
         "δ is the probability that a policy which breaks the limit passes all the same. Training aimed at "
         f"{aims}, below the limit, so that a good policy passes. “Times used” counts the tests these held-out prompts "
-        "had served when this was written; the more, the less each is worth."
+        "had served when this was written."
     )
-    decoding = (result["certificate"] or {}).get("decoding")
-    said = [f"It is about responses drawn at {decoding_words(decoding)}."] if decoding else []
-    return table(heads, rows, [note, *said])
+    certificate = result["certificate"] or {}
+    decoding = certificate.get("decoding")
+    said = [spending_in_words(certificate)]
+    said += [f"It is about responses drawn at {decoding_words(decoding)}."] if decoding else []
+    return table(heads, rows, [note, *filter(None, said)])
 
 
 def _methods(result: Record, heads: Mapping[str, str]) -> Table:

@@ -7,7 +7,7 @@ from typing import Any
 
 from cdpo_core.evaluation.decoding import decoding_words
 from cdpo_core.evaluation.instrument import words
-from cdpo_core.evaluation.result import cost_figures
+from cdpo_core.evaluation.result import confidence, cost_figures, spending_in_words
 
 Record = Mapping[str, Any]
 
@@ -38,8 +38,9 @@ def meanings(result: Record) -> list[str]:
             "No policy was tested, because none of those tried comes near the limit.",
             f"The lowest mean cost known here is {signed(result['reachable']['floor'])}: ask for a looser limit.",
         ]
-    delta = f"{100 * certificate['delta']:g} %"
+    delta = f"{100 * certificate['delta']:.3g} %"
     tested = f"The policy was tested on {certificate['prompts']} prompts that no training and no choice has seen."
+    spending = list(filter(None, [spending_in_words(certificate)]))
     if failed := result.get("instrument"):
         return [
             "The test's figures say nothing of the policy, good or bad, because an instrument does not measure.",
@@ -50,18 +51,20 @@ def meanings(result: Record) -> list[str]:
             tested,
             "Over prompts like these, the mean cost that the cost model gives it is at or below the bound, which is at "
             f"or below the limit. A policy that breaks the limit passes this test with probability at most {delta}.",
+            *spending,
         ]
     return [
         tested,
         "The test could not show that the limit is kept. That is no proof that it is broken: where the mean is below "
         "the limit, more held-out prompts may be enough.",
+        *spending,
     ]
 
 
 def limits_of_meaning(result: Record) -> list[str]:
     """What the verdict does not say."""
-    spent = (result["certificate"] or {}).get("spent") or 0
-    decoding = (result["certificate"] or {}).get("decoding")
+    certificate = result["certificate"] or {}
+    spent, decoding = certificate.get("spent") or 0, certificate.get("decoding")
     lines = [
         "That the cost model is right: the figures are its own, and its errors are shown below.",
         "Anything about one answer: a mean below the limit leaves room for single bad ones.",
@@ -72,10 +75,9 @@ def limits_of_meaning(result: Record) -> list[str]:
             f"Anything about other decoding than the one that was tested: {decoding_words(decoding)}. Another "
             "temperature or length is another policy."
         )
-    if spent > 1:
-        lines.append(
-            f"The same after many tries: these held-out prompts had been used for {spent} tests when this was written."
-        )
+    if certificate and certificate.get("spending") != "squares":
+        used = f"these held-out prompts had been used for {spent} tests when this was written. " if spent > 1 else ""
+        lines.append(f"The same after many tries: {used}δ counts this test alone.")
     return lines
 
 
@@ -106,7 +108,7 @@ def _outcome(result: Record) -> str:
         return f"No policy that keeps {limits_text(result)} was found: {result['reason']}."
     bounds = [item["certificate"]["upper"] for item in result["constraints"]]
     allowed = [item["limit"] for item in result["constraints"]]
-    confidence = f"with {100 * (1 - certificate['delta']):g} % confidence"
+    sure = f"with {confidence(certificate['delta'])} confidence"
     if failed := result.get("instrument"):
         return (
             f"Whether {limits_text(result)} is kept could not be measured: {words(failed)}. Do not use the policy "
@@ -115,12 +117,12 @@ def _outcome(result: Record) -> str:
     if result["status"] == "certified":
         return (
             f"On {certificate['prompts']} held-out prompts the policy's mean {what}, as the cost model measures it, is "
-            f"at most {signed(bounds, '.3f')} {confidence}; {signed(allowed, 'g')} was allowed."
+            f"at most {signed(bounds, '.3f')} {sure}; {signed(allowed, 'g')} was allowed."
         )
     means = [item["certificate"]["mean"] for item in result["constraints"]]
     return (
         f"The best policy found has a mean {what} of {signed(means, '.3f')} on {certificate['prompts']} held-out "
-        f"prompts, and {confidence} it is at most {signed(bounds, '.3f')}; {signed(allowed, 'g')} was allowed. Do not "
+        f"prompts, and {sure} it is at most {signed(bounds, '.3f')}; {signed(allowed, 'g')} was allowed. Do not "
         "use it where the limit must hold."
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from cdpo_core.artifacts import ArtifactRef, Store
 from cdpo_core.errors import CorruptArtifact
+from cdpo_core.evaluation.result import spending_in_words
 from cdpo_core.evaluation.sweep_result import line_name
 from cdpo_core.stages import resolve
 from tasks.html_report import inlined, page, provenance, table
@@ -149,6 +150,12 @@ def choice_in_words(result: Record) -> str:
     if not result["chosen"]:
         return f"No policy is certified when the error probability is shared among the {tried} experiments."
     reward, delta = signed(result["chosen"]["test"]["reward"]["mean"]), result["chosen"]["delta"]
+    certificate = (chosen_child(result) or {}).get("certificate") or {}
+    if certificate.get("spending") == "squares":
+        return (
+            f"Of the certified policies it earns the most reward on test prompts ({reward}). "
+            f"{spending_in_words(certificate)} So the choice among the {tried} experiments is paid for."
+        )
     return (
         f"Of the policies that are still certified at δ = {delta:.3g}, the error probability divided by the {tried} "
         f"experiments that one is picked from, it earns the most reward on test prompts ({reward})."
@@ -203,8 +210,8 @@ def _frontier(result: Record, chosen: Record | None) -> dict[str, Any]:
         ours = rows[-1][0] if child is chosen else ours
     notes = [
         "Reward and cost are means over test prompts with 95 % intervals. The bound is each experiment's own "
-        "certificate; picking the best of several certified policies is several tests, so the chosen one must pass a "
-        "stricter one."
+        "certificate; picking the best of several certified policies is several tests, so the error probability is "
+        "divided among them."
     ]
     return table(heads, rows, notes, ours)
 

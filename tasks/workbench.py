@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import pandas as pd
 from prefect import task
@@ -64,13 +64,21 @@ class Done:
 
 @dataclass
 class Workbench:
-    """One experiment's tools; `results` collects what each stage did, in order."""
+    """One experiment's tools.
+
+    Attributes:
+        results: what each stage did, in order.
+        uses_drawn: what the experiment has drawn from the ledger (`tasks.ledger`).
+        enters: whether tests are entered there; a plan only looks.
+    """
 
     config: ExperimentConfig
     store: Store
     scratch_root: Path
     results: list[Done] = field(default_factory=list)
     externals: dict[str, str] | None = None
+    uses_drawn: dict[str, Any] = field(default_factory=dict)
+    enters: ClassVar[bool] = True
 
     def run(self, stage: Stage, inputs: Mapping[str, ArtifactRef], label: str = "", **extra: Any) -> ArtifactRef:
         """Run one stage as a Prefect task, which shows as `Cached` when the store has it already.

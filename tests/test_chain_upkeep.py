@@ -11,7 +11,6 @@ import pytest
 from chain_kit import Finished, computed, digests, numbers, run_here
 from command_line_kit import command_line
 
-from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.config import TrackingConfig
 from tasks import evaluation
 from tasks.registered import registered_policies
@@ -104,18 +103,18 @@ def test_what_goes_while_a_run_uses_it_is_computed_again_and_the_run_goes_on(
 ) -> None:
     _, expected = run_here(home, *SLACK)
     before = digests(home / "store")
-    spend = evaluation.spend
+    enter_test = evaluation.enter_test
 
-    def cleaned_away(bench: Any, splits: ArtifactRef, *rest: Any) -> int:
+    def cleaned_away(bench: Any, *rest: Any) -> Any:
         for stage in ("data", "splits", "scores"):
             shutil.rmtree(home / "store" / "stages" / stage)
         named = {entry.sha256 for manifest in bench.store.manifests() for entry in manifest.entries}
         for path in (home / "store" / "objects").iterdir():
             if path.name not in named:
                 path.unlink()
-        return int(spend(bench, splits, *rest))
+        return enter_test(bench, *rest)
 
-    monkeypatch.setattr(evaluation, "spend", cleaned_away)
+    monkeypatch.setattr(evaluation, "enter_test", cleaned_away)
     code, result = run_here(home, *SLACK)
     assert code == 0
     assert numbers(result) == numbers(expected)

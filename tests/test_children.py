@@ -30,10 +30,14 @@ def test_every_combination_and_limit_is_a_child_of_its_own() -> None:
     assert children[0].below("parent").tracking.parent_run == "parent"
 
 
-def test_the_identity_is_the_experiments_own() -> None:
-    """So a sweep's child and `cdpo run` at its limit are one experiment, under whatever name and parent."""
+def test_the_identity_is_the_experiments_own_and_its_share_of_delta_s() -> None:
+    """A sweep's child and `cdpo run` at its limit are one experiment if tested alike, whatever name and parent."""
     alone = _children([], [], [-0.5])[0]
     among = _children([0, 1], ["dpo.beta=1,2"], [-0.7, -0.5])
+    assert [child.identity for child in among].count(alone.identity) == 0, "its test is at its part of the sweep's δ"
+    config = load_config("tiny", {"certificate.spending": "none"})
+    (alone,) = children_of(combinations(config, [], []), [-0.5])
+    among = children_of(combinations(config, [0, 1], ["dpo.beta=1,2"]), [-0.7, -0.5])
     assert [child.identity for child in among].count(alone.identity) == 1
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 from chain_kit import computed, config, mlflow_runs, new_home, run_here, stage_counts
 
+from cdpo_core.dual.spending import share_of
 from flows.children import children_of
 from flows.grid import combinations
 from tasks.report import report_folder
@@ -80,7 +81,10 @@ def test_each_combination_shares_what_its_settings_do_not_enter(blocked: Blocked
 def test_the_error_probability_is_split_over_all_children(blocked: Blocked) -> None:
     for _, result in (blocked.failed, blocked.again):
         if result["chosen"]:
-            assert result["chosen"]["delta"] == pytest.approx(0.05 / 4)
+            assert result["chosen"]["delta"] == pytest.approx(share_of(0.05, 1, "squares", 4))
+        certificates = [child["certificate"] for child in result["children"]]
+        assert {item["uses"] for item in certificates} == {1}, "the sweep is one use of the prompts, whoever is first"
+        assert {item["family_tests"] for item in certificates} == {4}
     settings = [point["settings"] for point in blocked.again[1]["frontier"]]
     assert blocked.again[1]["chosen"] is None or blocked.again[1]["chosen"]["settings"] in settings
 
@@ -106,8 +110,10 @@ def test_no_order_changes_a_verdict(blocked: Blocked, tmp_path: Path, request: p
     """Children from loose to tight in one store, and each in a store of its own, end as in the sweep."""
     database = request.getfixturevalue("_empty_mlflow_database")
     shared = new_home(tmp_path / "shared", database)
+    family = children_of(combinations(config(), [], ["dpo.beta=1,1.5"]), LIMITS)[0].config.certificate.family
     for child in reversed(blocked.again[1]["children"]):
         options = ["--limit", str(child["limit"]), "--dpo.beta", str(child["settings"]["dpo.beta"])]
+        options += ["--certificate.family", family, "--certificate.family_tests", "4"]
         for home in (shared, new_home(tmp_path / f"alone{child['number']}", database)):
             _, found = run_here(home, *options)
             assert _verdict(found) == _verdict(child)

@@ -10,39 +10,18 @@ from pathlib import Path
 import pytest
 from learning_kit import write_chain
 
-from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.config_loading import load_config
 from cdpo_core.local_store import LocalStore
 from flows.command_line import write_json
-from flows.plan import PlanBench
-from tasks.evaluation import spend
 from tasks.external import external_model
 from tasks.report import report_folder, written_whole
 from tasks.tracking import experiment_key
 from tasks.workbench import Workbench
 
-SPLITS = ArtifactRef(uri="splits", digest="5" * 64, kind="splits")
-POLICY = ArtifactRef(uri="policy", digest="6" * 64, kind="policy")
 
-
-def bench(tmp_path: Path, config: ExperimentConfig | None = None, kind: type[Workbench] = Workbench) -> Workbench:
-    return kind(config or load_config("tiny"), LocalStore(tmp_path / "store"), tmp_path / "scratch")
-
-
-def test_each_test_of_a_certificate_split_is_one_entry(tmp_path: Path) -> None:
-    here = bench(tmp_path)
-    assert [spend(here, SPLITS, POLICY, [limit]) for limit in (-0.5, -0.5, -0.4)] == [1, 1, 2]
-    stricter = load_config("tiny", {"certificate.delta": "0.01"})
-    assert spend(bench(tmp_path, stricter), SPLITS, POLICY, [-0.5]) == 3
-    other = SPLITS.model_copy(update={"digest": "7" * 64})
-    assert spend(here, other, POLICY, [-0.5]) == 1
-
-
-def test_a_plan_enters_no_test(tmp_path: Path) -> None:
-    spend(bench(tmp_path), SPLITS, POLICY, [-0.5])
-    assert spend(bench(tmp_path, kind=PlanBench), SPLITS, POLICY, [-0.4]) == 1
-    assert len(bench(tmp_path).store.record_names("ledger/")) == 1
+def bench(tmp_path: Path, config: ExperimentConfig | None = None) -> Workbench:
+    return Workbench(config or load_config("tiny"), LocalStore(tmp_path / "store"), tmp_path / "scratch")
 
 
 def test_models_from_outside_are_part_of_an_experiment_by_their_content(tmp_path: Path) -> None:

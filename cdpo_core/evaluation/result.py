@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,10 +20,8 @@ def verdict(result: Mapping[str, Any]) -> str:
         return f"Infeasible: {limits} is out of reach; {result['reason']}."
     bounds = ", ".join(f"{item['name']} ≤ {item['certificate']['upper']:.3f}" for item in result["constraints"])
     certificate = result["certificate"]
-    spent = certificate.get("spent") or 0
-    use = f", which have been tested on {spent} times" if spent > 1 else ""
-    basis = f"with {100 * (1 - certificate['delta']):g} % confidence, from {certificate['prompts']} held-out prompts"
-    basis += use
+    basis = f"with {confidence(certificate['delta'])} confidence, from {certificate['prompts']} held-out prompts"
+    basis += spending_in_short(certificate)
     if decoding := certificate.get("decoding"):
         basis += f", with responses at temperature {decoding['temperature']:g} of at most "
         basis += f"{decoding['max_new_tokens']} tokens"
@@ -31,6 +30,47 @@ def verdict(result: Mapping[str, Any]) -> str:
     if result["status"] == "certified":
         return f"Certified: {limits}. The mean cost, as the cost model measures it, is {bounds} {basis}."
     return f"Not certified: {limits} could not be shown; the bound is {bounds} {basis}."
+
+
+def confidence(delta: float) -> str:
+    """1 − δ in percent, never rounded up: `95 %`, `96.9 %`, `99.98 %`."""
+    digits = max(0, math.ceil(-math.log10(100 * delta))) + 1
+    # A hair more than is lost in 1 − δ, so that 95 stays 95.
+    percent = math.floor((100 * (1 - delta) + 1e-9) * 10**digits) / 10**digits
+    return f"{percent:g} %" if digits < 4 else f"{percent:.{digits}f} %"
+
+
+def spending_in_short(certificate: Mapping[str, Any]) -> str:
+    """What the certificate's confidence is about when its prompts serve more than one test; for the verdict."""
+    spent = certificate.get("spent") or 0
+    times = f", which have been tested on {spent} times" if spent > 1 else ""
+    if certificate.get("spending") == "squares":
+        share = f"δ = {certificate['delta']:.3g} is this test's share of {certificate['asked_delta']:g}"
+        return f"{times} ({share}; use {certificate['uses']} of them{_divided(certificate)})"
+    if certificate.get("spending") == "none":
+        return f"{times} (certificate.spending is none: δ holds for this test alone)"
+    return times
+
+
+def spending_in_words(certificate: Mapping[str, Any]) -> str:
+    """How δ was spent over all the tests on these prompts; "" for a record from before it was."""
+    if "spending" not in certificate:
+        return ""
+    asked, uses = certificate["asked_delta"], certificate["uses"]
+    if certificate["spending"] == "none":
+        return (
+            f"δ = {asked:g} was spent on this test alone (certificate.spending is none), "
+            "whatever else is tested on these prompts."
+        )
+    return (
+        f"δ = {asked:g} was asked for all tests ever made on these held-out prompts together. "
+        f"This is use {uses} of them{_divided(certificate)}, and its share is δ = {certificate['delta']:.3g}."
+    )
+
+
+def _divided(certificate: Mapping[str, Any]) -> str:
+    tests = certificate["family_tests"]
+    return f", divided among {tests} tests" if tests > 1 else ""
 
 
 def round_record(number: int, lambda_: Sequence[float], figures: Mapping[str, Any]) -> dict[str, Any]:
