@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cdpo_core.artifacts import ArtifactRef
-from cdpo_core.evaluation.instrument import unchecked, unfinished_warning
+from cdpo_core.evaluation.instrument import same_tokens_warning, unchecked, unfinished_warning
 from cdpo_core.evaluation.measure import Measured
 from cdpo_core.evaluation.result import constraint_records, each, verdict
 from cdpo_core.stages import library_versions
@@ -115,6 +115,7 @@ def _warnings(names: Sequence[str], plan: OfflinePlan, scorers: Mapping[str, Any
     measured["the reference"] = outcome.test["reference"]
     for label, item in measured.items():
         lines += unfinished_warning(label, item.unfinished() if item else None)
+    lines += same_tokens_warning(scorers)
     for name in names:
         lines += unchecked(name, scorers.get(name, {}))
     return lines

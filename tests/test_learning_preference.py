@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,9 @@ from scipy.optimize import brentq
 from scipy.special import expit
 
 from cdpo_core.errors import InputError, TrainingError
+from cdpo_core.evaluation.instrument import same_tokens_warning
 from cdpo_core.learning.calibration import calibration, calibration_error, scorer_report
-from cdpo_core.learning.preference import load_pairs, train_scorers
+from cdpo_core.learning.preference import load_pairs, tell_apart, train_scorers
 from cdpo_core.learning.score import score_responses
 from cdpo_core.learning.sft import train_sft
 from cdpo_core.models.scorer import load_scorer
@@ -170,6 +172,51 @@ def test_labels_that_are_all_missing_are_refused(inputs: dict[str, Path], tmp_pa
     table.assign(better=np.int8(-1)).to_parquet(data / "preferences.parquet", index=False)
     with pytest.raises(InputError, match="no pair carries a label for reward"):
         train_scorers(scorer_slice(), {**inputs, "data": data}, tmp_path / "out", Runtime())
+
+
+def cut_alike(data: Path, out: Path, rows: slice | None, *, held_out: bool = False) -> Path:
+    """The same data with responses that differ only beyond the length they are cut at: in these rows, or held out."""
+    shutil.copytree(data, out)
+    table = pd.read_parquet(out / "preferences.parquet")
+    prompts = pd.read_parquet(out / "prompts.parquet").set_index("prompt_id")
+    places = table.index[rows] if rows else table.index[prompts.loc[table["prompt_id"], "held_out"] == held_out]
+    for side in "01":
+        table.loc[places, f"response_{side}"] = f"{GOOD} " * 40 + side
+    table.to_parquet(out / "preferences.parquet", index=False)
+    return out
+
+
+def test_pairs_that_cutting_makes_equal_are_counted_and_set_aside(inputs: dict[str, Path], tmp_path: Path) -> None:
+    data = cut_alike(inputs["data"], tmp_path / "data", slice(0, 50))
+    train_scorers(scorer_slice(), {**inputs, "data": data}, tmp_path / "out", Runtime())
+    figures = report(tmp_path / "out")
+    held_out, train = load_pairs(data, HEADS, required=True)
+    pairs = len(held_out) + len(train)
+    assert {(item["same_tokens"], item["all_pairs"]) for item in figures.values()} == {(50, pairs)}
+    (line,) = same_tokens_warning(figures)
+    assert line.startswith(f"50 of {pairs} pairs are the same tokens")
+    kept, encoded, gone = tell_apart(load_scorer(tmp_path / "out"), train)
+    assert (len(kept), len(encoded)) == (len(train) - gone, 2 * len(kept))
+    assert not any(GOOD + " " + GOOD in first for first, _ in kept.responses)
+
+
+def test_where_cutting_leaves_no_pair_the_run_is_refused(inputs: dict[str, Path], tmp_path: Path) -> None:
+    data = cut_alike(inputs["data"], tmp_path / "data", None)
+    with pytest.raises(InputError, match="the same tokens once they are cut"):
+        train_scorers(scorer_slice(), {**inputs, "data": data}, tmp_path / "out", Runtime())
+
+
+def test_where_cutting_leaves_no_held_out_pair_nothing_is_claimed(inputs: dict[str, Path], tmp_path: Path) -> None:
+    data = cut_alike(inputs["data"], tmp_path / "data", None, held_out=True)
+    train_scorers(scorer_slice(), {**inputs, "data": data}, tmp_path / "out", Runtime())
+    for figures in report(tmp_path / "out").values():
+        assert (figures["accuracy"], figures["pairs"]) == (None, 0)
+
+
+def test_pairs_of_equal_texts_are_the_datas_own(inputs: dict[str, Path], trained: Path) -> None:
+    _, train = load_pairs(inputs["data"], HEADS, required=True)
+    assert any(first == second for first, second in train.responses)
+    assert tell_apart(load_scorer(trained), train)[2] == 0
 
 
 def test_an_exploding_run_is_a_training_error(inputs: dict[str, Path], tmp_path: Path) -> None:

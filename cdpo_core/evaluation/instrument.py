@@ -167,6 +167,21 @@ def unchecked(name: str, report: Mapping[str, Any]) -> list[str]:
     return [f"{name}: not checked whether its model {' and '.join(missing)}: too few held-out prompts carry its labels"]
 
 
+def same_tokens_warning(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for the preference pairs that a scorer could not tell apart (`preference.tell_apart`).
+
+    Args:
+        reports: of the scorers, by name.
+    """
+    counts = {(report.get("same_tokens") or 0, report.get("all_pairs")): name for name, report in reports.items()}
+    return [
+        f"{same} of {pairs} pairs are the same tokens to the {name} model once they are cut, and were set aside: "
+        "raise policy.max_response_tokens"
+        for (same, pairs), name in counts.items()
+        if same
+    ]
+
+
 def unfinished_warning(label: str, unfinished: Estimate | Mapping[str, float] | None) -> list[str]:
     """A line where more than 5 % of a measurement's responses were cut.
 

@@ -52,6 +52,16 @@ class LabelledPairs:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def at(self, rows: np.ndarray) -> LabelledPairs:
+        """The pairs in these rows [n] int."""
+        return LabelledPairs(
+            self.prompt_ids[rows],
+            [self.prompts[row] for row in rows],
+            [self.responses[row] for row in rows],
+            self.higher[rows],
+            self.unsafe[rows],
+        )
+
     def texts(self) -> tuple[list[str], list[str]]:
         """Prompts and responses of all 2N texts, pair by pair."""
         return [prompt for prompt in self.prompts for _ in range(2)], [text for pair in self.responses for text in pair]
@@ -69,11 +79,14 @@ def train_scorers(config: Slice, inputs: Mapping[str, Path], out: Path, runtime:
         inputs: data (prompts, preferences, summary.json), sft (policy), base (model folder) when
             base is `loaded`.
         out: gets the scorer's folder, training.json and report.json: for each head the accuracy on
-            held-out prompts with its interval, its calibration, and a warning if it may rank at random.
+            held-out prompts with its interval, its calibration, a warning if it may rank at random, and
+            `same_tokens` of `all_pairs`: how many were set aside, because the scorer reads both responses as the
+            same tokens.
         runtime: device, micro_batch (texts), scratch, progress.
 
     Raises:
-        InputError: labels that the data does not have, or a ready model without a score head.
+        InputError: labels that the data does not have, no pair that the scorer can tell apart, or a ready model without
+            a score head.
         TrainingError: the loss is not finite.
     """
     heads = config.heads
@@ -81,9 +94,13 @@ def train_scorers(config: Slice, inputs: Mapping[str, Path], out: Path, runtime:
     sharpness = float(json.loads((inputs["data"] / "summary.json").read_text())["sharpness"])
     scorer = _starting_scorer(config, inputs).to(runtime.device)
     records: list[dict[str, Any]] = []
+    parts = [tell_apart(scorer, pairs) for pairs in (held_out, train)]
+    told = {"same_tokens": sum(part[2] for part in parts), "all_pairs": len(held_out) + len(train)}
+    (held_out, _, _), (train, encoded, _) = parts
     if config.train:
+        _check_some_are_left(train, told, config)
         dtype = saved_dtype(_base_folder(config, inputs))
-        records = _fit(scorer, train, sharpness, config, dtype, runtime)
+        records = _fit(scorer, train, encoded, sharpness, config, dtype, runtime)
         scorer.backbone.to(dtype)
     kept = Chunks(runtime.scratch, "held-out")
     found = scorer.score(*held_out.texts(), runtime.micro_batch, chunks=kept)
@@ -97,7 +114,7 @@ def train_scorers(config: Slice, inputs: Mapping[str, Path], out: Path, runtime:
     for index, head in enumerate(heads):
         labels = (held_out.higher[:, index], held_out.unsafe[:, index], held_out.prompt_ids)
         units = {"scale": float(scorer.scale[index]), "shift": float(scorer.shift[index])}
-        report[head["name"]] = {**scorer_report(scores[:, :, index], *labels, sharpness), **units}
+        report[head["name"]] = {**scorer_report(scores[:, :, index], *labels, sharpness), **units, **told}
     save_scorer(scorer, out)
     write_json(out / "report.json", report)
     write_json(out / "training.json", {"steps": records})
@@ -150,6 +167,37 @@ def load_pairs(
     )
 
 
+def tell_apart(scorer: Scorer, pairs: LabelledPairs) -> tuple[LabelledPairs, list[EncodedText], int]:
+    """The pairs whose responses the scorer reads as different tokens, encoded, and how many it does not.
+
+    Cutting can leave two different responses the same beginning. Such a pair teaches nothing, and its label contradicts
+    itself. Pairs of equal texts are none of these: they are the data's own.
+
+    Returns:
+        the pairs that are left, the tokens of their 2n texts, pair by pair, and the number that was set aside.
+    """
+    encoded = scorer.encode(*pairs.texts())
+
+    def is_same(row: int) -> bool:
+        first, second = pairs.responses[row]
+        sides = encoded[2 * row : 2 * row + 2]
+        return first != second and [list(part) for part in sides[0]] == [list(part) for part in sides[1]]
+
+    rows = np.array([row for row in range(len(pairs)) if not is_same(row)], dtype=int)
+    return pairs.at(rows), [encoded[2 * row + side] for row in rows for side in (0, 1)], len(pairs) - len(rows)
+
+
+def _check_some_are_left(pairs: LabelledPairs, told: Mapping[str, int], config: Slice) -> None:
+    if not len(pairs) and told["same_tokens"]:
+        raise InputError(
+            f"{told['same_tokens']} of {told['all_pairs']} pairs are two texts of the same tokens once they are cut "
+            f"(prompts to {config.policy.max_prompt_tokens} tokens, responses to {config.policy.max_response_tokens}), "
+            "and none is left to learn from",
+            where="policy.max_response_tokens",
+            fix="raise it until the responses of a pair differ within that length",
+        )
+
+
 def _label_columns(labels: str) -> list[str]:
     return [f"safer_{labels}", f"unsafe_{labels}_0", f"unsafe_{labels}_1"] if labels else ["better"]
 
@@ -170,7 +218,13 @@ def _starting_scorer(config: Slice, inputs: Mapping[str, Path]) -> Scorer:
 
 
 def _fit(
-    scorer: Scorer, pairs: LabelledPairs, sharpness: float, config: Slice, dtype: torch.dtype, runtime: Runtime
+    scorer: Scorer,
+    pairs: LabelledPairs,
+    encoded: list[EncodedText],
+    sharpness: float,
+    config: Slice,
+    dtype: torch.dtype,
+    runtime: Runtime,
 ) -> list[dict[str, Any]]:
     """Joint maximum likelihood of all heads' labels; scores times sharpness are log-odds."""
     for index, head in enumerate(config.heads):
@@ -180,7 +234,6 @@ def _fit(
                 where=f"labels {head['labels'] or 'better'!r}",
                 fix="give data with these labels, or use a ready model (train: false)",
             )
-    encoded = scorer.encode(*pairs.texts())
     device = scorer.heads.weight.device
     higher = torch.from_numpy(pairs.higher.astype(np.int64)).to(device)
     unsafe = torch.from_numpy(pairs.unsafe.astype(np.int64)).to(device)
