@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cdpo_core.errors import CdpoError
+from cdpo_core.plain_text import visible
 from deployments.automations import make_automations
 from deployments.definitions import DEFINITIONS, TAG, Definition, prefect_yaml
 from deployments.pools import TYPES, PoolOptions, make_pools
@@ -118,9 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         quiet_environment()
         made = bootstrap(PoolOptions(options.type, options.image, options.concurrency, options.working_folder))
     except CdpoError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(visible(f"error: {error}"), file=sys.stderr)
         return error.exit_code
-    print("\n".join(made))
+    print(visible("\n".join(made)))
     return 0
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 
 from cdpo_core.errors import CdpoError, InputError
+from cdpo_core.plain_text import visible
 from tasks.environment import DEFAULT_STORE
 from tasks.storage import open_store
 
@@ -50,9 +51,9 @@ def main() -> int:
     try:
         made = make_bucket(uri)
     except CdpoError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(visible(f"error: {error}"), file=sys.stderr)
         return error.exit_code
-    print(f"{uri}: {'made' if made else 'there already'}")
+    print(visible(f"{uri}: {'made' if made else 'there already'}"))
     return 0
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, CycloptsError, Parameter
 
 from cdpo_core.errors import InputError
+from cdpo_core.plain_text import indented, one_line
 from flows.begin import begin
 from flows.command_line import (
     EXAMPLES,
@@ -32,13 +33,11 @@ from flows.command_line import (
     write_json,
 )
 from flows.store import store as store_commands
-from flows.terminal import print_error, showing_progress
+from flows.terminal import PlainConsole, print_error, showing_progress
 from flows.up_command import up
 from tasks.environment import quiet_environment
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from cdpo_core.config import ExperimentConfig
 
 DONE, FAILED, BAD_INPUT, NOT_CERTIFIED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -90,7 +89,7 @@ def run(
     from flows.closing_report import print_result
 
     print_result(result, _stdout())
-    _stdout().print(f"  Log      {log_file}", markup=False, highlight=False, soft_wrap=True)
+    _stdout().print(f"  Log      {log_file}", soft_wrap=True)
     return DONE if result["status"] == "certified" else NOT_CERTIFIED
 
 
@@ -234,7 +233,7 @@ def check_data(
     from cdpo_core.data.prepare import check_source
 
     for line in check_source(experiment).lines():
-        _stdout().print(line, markup=False, highlight=False, soft_wrap=True)
+        _stdout().print(one_line(line), soft_wrap=True)
     return DONE
 
 
@@ -251,7 +250,7 @@ def export(
 
     result = export_policy(ref, folder, store or "")
     status = result["status"].replace("_", " ") if result else "from no finished run: it carries no certificate"
-    _stdout().print(f"Written to {folder} ({status}).", markup=False, highlight=False, soft_wrap=True)
+    _stdout().print(f"Written to {folder} ({status}).", soft_wrap=True)
     return DONE
 
 
@@ -279,11 +278,11 @@ def sample(
     chosen = [path.removeprefix("policy.") for path in overrides or {} if path.startswith("policy.")]
     drawer = open_drawer(policy, temperature, _load("", overrides or {}).policy, chosen, store or "")
     for line in drawer.said:
-        print(line, file=sys.stderr)
+        PlainConsole(stderr=True).print(one_line(line), soft_wrap=True)
     for prompt, responses in drawer.draw(prompts, number, seed):
-        _stdout().print(prompt, style="bold", markup=False, highlight=False, soft_wrap=True)
+        _stdout().print(indented(prompt), style="bold", soft_wrap=True)
         for response in responses:
-            _stdout().print(f"  {response}", markup=False, highlight=False, soft_wrap=True)
+            _stdout().print(f"  {indented(response)}", soft_wrap=True)
     return DONE
 
 
@@ -299,9 +298,9 @@ def doctor(
     findings = examine(_load(config, overrides or {}))
     for finding in findings:
         sign = "✗" if finding.fix else "✓"
-        _stdout().print(f"{sign} {finding.what:<13} {finding.found}", markup=False, highlight=False, soft_wrap=True)
+        _stdout().print(one_line(f"{sign} {finding.what:<13} {finding.found}"), soft_wrap=True)
         if finding.fix:
-            _stdout().print(f"  fix:          {finding.fix}", markup=False, highlight=False, soft_wrap=True)
+            _stdout().print(one_line(f"  fix:          {finding.fix}"), soft_wrap=True)
     return FAILED if any(finding.fix for finding in findings) else DONE
 
 
@@ -364,10 +363,8 @@ def _version() -> str:
         return "not installed"
 
 
-def _stdout() -> Console:
-    from rich.console import Console
-
-    return Console()
+def _stdout() -> PlainConsole:
+    return PlainConsole()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from rich.table import Table
 from cdpo_core.evaluation.decoding import decoding_words
 from cdpo_core.evaluation.result import cost_figures, tail_figures, verdict
 from cdpo_core.evaluation.sweep_result import choice_words
+from cdpo_core.plain_text import one_line
 from tasks.environment import default_store
 from tasks.report_words import percent
 
@@ -31,7 +32,7 @@ def print_result(result: Record, console: Console) -> None:
     lines = [*_scorers(result), *_responses(result), *_truth(result), *_price(result), *_work(result)]
     _print(console, "", *lines, "")
     style = "bold green" if result["status"] == "certified" else "bold yellow"
-    console.print(verdict(result), style=style, markup=False, highlight=False, soft_wrap=True)
+    console.print(verdict(result), style=style, soft_wrap=True)
     _print(console, *(f"  To do: {item['fix']}" for item in result.get("instrument") or []))
     _print(console, "", *_next(result))
 
@@ -276,7 +277,7 @@ def _table(title: str, first: str, *others: str) -> Table:
 
 def _print(console: Console, *lines: str) -> None:
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(one_line(line), soft_wrap=True)
 
 
 def _lambda(value: Any) -> str:

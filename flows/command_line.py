@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter, validators
 
 from cdpo_core.errors import InputError
+from cdpo_core.plain_text import escaped_json
 
 EXAMPLES = """\
 Examples:
@@ -109,11 +110,10 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
     try:
         if path.exists() and not path.is_file():
             # A pipe or a device is written to, never replaced.
-            path.write_text(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n")
+            path.write_text(_json(record) + "\n")
             return
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as stream:
-            json.dump(_finite(record), stream, indent=2, ensure_ascii=False, allow_nan=False)
-            stream.write("\n")
+            stream.write(_json(record, indent=2) + "\n")
         # A temporary file is its owner's alone; the result is as readable as any file made here.
         mask = os.umask(0)
         os.umask(mask)
@@ -129,6 +129,11 @@ def default_to_nothing() -> int:
     """The reader of our output went away (`cdpo … | head`): say nothing more; returns the exit code."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
+
+
+def _json(record: Mapping[str, Any], indent: int | None = None) -> str:
+    """JSON that is safe to show: somebody will look at the file in a terminal."""
+    return escaped_json(json.dumps(_finite(record), indent=indent, ensure_ascii=False, allow_nan=False))
 
 
 def _finite(value: Any) -> Any:

@@ -42,7 +42,7 @@ def print_plan(plan: Mapping[str, Any], config: ExperimentConfig, console: Conso
     lines.append(_share(plan.get("share"), config))
     lines += [f"warning: {warning}" for warning in plan.get("warnings") or []]
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     if plan.get("price"):
         console.print(_price(plan["price"], config))
 

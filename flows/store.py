@@ -17,12 +17,10 @@ from cyclopts import App, Parameter
 
 from cdpo_core.errors import InputError
 from flows.command_line import check_writable, write_json
-from flows.terminal import showing_progress
+from flows.terminal import PlainConsole, showing_progress
 from tasks.environment import cdpo_home
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from cdpo_core.upkeep.catalogue import Catalogue, Run
     from cdpo_core.upkeep.collection import Plan
     from cdpo_core.upkeep.shelves import Shelves
@@ -202,7 +200,7 @@ def _show_all(
     found = inventory(catalogue, registered, shelves.items(ASIDE), shelves.leftovers(), scratch)
     print_inventory(found, _stdout(), every=every)
     if note:
-        _stdout().print(note, markup=False, highlight=False, soft_wrap=True)
+        _stdout().print(note, soft_wrap=True)
     return {**found, "mlflow": note or "asked"}
 
 
@@ -271,7 +269,5 @@ def _written(record: Mapping[str, Any], json: Path | None) -> int:
     return DONE
 
 
-def _stdout() -> Console:
-    from rich.console import Console
-
-    return Console()
+def _stdout() -> PlainConsole:
+    return PlainConsole()

@@ -10,6 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from cdpo_core.plain_text import one_line
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -123,7 +125,7 @@ def print_verification(found: Verification, console: Console) -> None:
         total = size(sum(item.size for item in found.orphans))
         _print(console, f"note: {len(found.orphans)} objects of no artifact ({total}); cdpo store gc takes them away")
     if not found.faults:
-        console.print("The store is whole.", style="bold green", highlight=False)
+        console.print("The store is whole.", style="bold green")
     elif found.repaired:
         _print(console, f"{len(found.faults)} corrupt things were set aside: the next run computes them again.")
     else:
@@ -211,4 +213,4 @@ def _more(console: Console, items: Sequence[Any]) -> None:
 
 def _print(console: Console, *lines: str) -> None:
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(one_line(line), soft_wrap=True)

@@ -1,4 +1,7 @@
-"""What `cdpo` shows while it works: progress, errors, and where the libraries' own logs go instead."""
+"""What `cdpo` shows: its console, progress, errors, and where the libraries' own logs go instead.
+
+All that commands print goes through `PlainConsole`, on which text of users, data and models is text.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,16 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
+from rich.segment import Segment
+from rich.text import Text
 
 from cdpo_core.errors import CdpoError, InputError
+from cdpo_core.plain_text import indented, one_line, visible
 from tasks.environment import cdpo_home
 
 if TYPE_CHECKING:
@@ -29,6 +35,22 @@ MOST_ERROR_LINES = 12
 MOST_LINE_CHARACTERS = 300
 # What sqlite and libraries in Rust say of a full disk.
 DISK_FULL_SIGNS = ("No space left on device", "disk is full", "os error 28", "StorageFull")
+
+
+class PlainConsole(Console):
+    """A console that shows control characters as escapes and takes no text for markup, an emoji or a thing to colour.
+
+    Styles are given as arguments or by `Text`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
+
+    def _render_buffer(self, buffer: Iterable[Segment]) -> str:
+        """All that is printed, drawn or exported passes here, with the console's own controls apart from text."""
+        return super()._render_buffer(
+            segment if segment.control else Segment(visible(segment.text), segment.style) for segment in buffer
+        )
 
 
 class Display(Protocol):
@@ -103,7 +125,7 @@ class PlainLines:
         """Nothing is open."""
 
     def _print(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(line, soft_wrap=True)
 
 
 class Bars:
@@ -114,7 +136,7 @@ class Bars:
 
         self._bars = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
@@ -136,8 +158,8 @@ class Bars:
         if self._bar is not None:
             self._bars.remove_task(self._bar)
             self._bar = None
-        time_taken = "[dim]ready[/]" if seconds is None else f"{seconds:.1f} s"
-        self._bars.console.print(f"[green]✓[/] {what}  {time_taken}", highlight=False)
+        time_taken = ("ready", "dim") if seconds is None else f"{seconds:.1f} s"
+        self._bars.console.print(Text.assemble(("✓", "green"), f" {what}  ", time_taken))
 
     def close(self) -> None:
         self._bars.stop()
@@ -146,7 +168,7 @@ class Bars:
 @contextlib.contextmanager
 def showing_progress() -> Iterator[StageProgress]:
     """Bars in a terminal, plain lines elsewhere; on stderr, so that stdout holds the result alone."""
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     display: Display = Bars(console) if console.is_terminal else PlainLines(console)
     try:
         yield StageProgress(display)
@@ -157,12 +179,12 @@ def showing_progress() -> Iterator[StageProgress]:
 def print_error(error: BaseException, *, debug: bool) -> int:
     """Print an error in at most twelve lines (and its traceback with `debug`); returns the exit code."""
     if debug:
-        traceback.print_exception(error)
+        PlainConsole(stderr=True, soft_wrap=True).print("".join(traceback.format_exception(error)), end="")
     full = _disk_full(error)
     if full is not None:
         error = full
     if isinstance(error, CdpoError):
-        lines = str(error).splitlines()
+        lines = _error_lines(error)
         code = error.exit_code
     else:
         log_file = _open_log()
@@ -177,11 +199,18 @@ def print_error(error: BaseException, *, debug: bool) -> int:
         code = 1
     if len(lines) > MOST_ERROR_LINES:
         lines = [*lines[: MOST_ERROR_LINES - 3], "  …", *lines[-2:]]
-    console = Console(stderr=True, soft_wrap=True)
-    console.print("[bold red]error:[/] ", end="")
+    console = PlainConsole(stderr=True, soft_wrap=True)
+    console.print("error: ", style="bold red", end="")
     for line in lines:
-        console.print(line[:MOST_LINE_CHARACTERS], markup=False, highlight=False)
+        console.print(one_line(line)[:MOST_LINE_CHARACTERS])
     return code
+
+
+def _error_lines(error: CdpoError) -> list[str]:
+    """What, where and fix; what a user's text adds to them is indented, so that it cannot pass for one."""
+    what, *more = error.what.splitlines() or [""]
+    named = [f"  {name} {text}" for name, text in (("where:", error.where), ("fix:  ", error.fix)) if text]
+    return [what, *(f"    {line}" for line in more), *named]
 
 
 def log_to_file(folder: Path, command: str) -> Path:
@@ -200,7 +229,7 @@ def log_to_file(folder: Path, command: str) -> Path:
     # Prefect configures logging when it is imported, so what it set up can be taken away only afterwards.
     import prefect  # noqa: F401
 
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    to_file.setFormatter(LogLines("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     for name in ["", *logging.root.manager.loggerDict]:
         logger = logging.getLogger(name)
         on_terminal = [handler for handler in logger.handlers if _writes_to_terminal(handler)]
@@ -251,6 +280,14 @@ def _disk_full(error: BaseException) -> CdpoError | None:
     return None
 
 
+class LogLines(logging.Formatter):
+    """Records of which only the first line begins at the margin, so that no message can write another's."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's lines."""
+        return indented(super().format(record))
+
+
 class LogFile(logging.FileHandler):
     """A log file; that its disk is full is said once by the error that ends the run, not with every line.
 
@@ -282,6 +319,4 @@ class _WarningLines(logging.Handler):
         super().__init__(logging.WARNING)
 
     def emit(self, record: logging.LogRecord) -> None:
-        Console(stderr=True, soft_wrap=True).print(
-            f"{record.levelname.lower()}: {record.getMessage()}", markup=False, highlight=False
-        )
+        PlainConsole(stderr=True, soft_wrap=True).print(f"{record.levelname.lower()}: {indented(record.getMessage())}")

@@ -25,6 +25,7 @@ from types import FrameType
 from typing import Any
 
 from cdpo_core.errors import CdpoError, InputError
+from cdpo_core.plain_text import visible
 from flows.command_line import default_to_nothing
 from flows.databases import databases_at, make_databases
 from flows.processes import Child, end_all, end_marked, free_port, http_json, http_status, tail, taken
@@ -155,7 +156,7 @@ def _announce(stack: Stack) -> None:
 def _say(line: str) -> None:
     """Print a line; that its reader went away (`cdpo up | head`, a closed terminal) stops nothing."""
     try:
-        print(line, flush=True)
+        print(visible(line), flush=True)
     except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):
             default_to_nothing()
