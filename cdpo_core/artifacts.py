@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,6 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from cdpo_core.errors import CorruptArtifact, InputError
 
 BLOCK = 1 << 20
+
+# What transformers reads of a model folder: configs, tokenizers, weights, templates, vocabularies. Pickles never.
+_MODEL_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".spm", ".bpe", ".tiktoken")
+_MODEL_TEXTS = ("vocab.txt", "merges.txt", "vocab.bpe", "bpe.codes")
 
 _RECORD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=@+-]*(/[A-Za-z0-9_][A-Za-z0-9._=@+-]*)*")
 
@@ -59,7 +64,13 @@ class Manifest(BaseModel):
     seconds: float = 0.0
     cpu_seconds: float = Field(0.0, description="Processor time of the whole process meanwhile, all threads.")
     host: str = ""
-    versions: dict[str, str] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict, description="Libraries of what computed it.")
+    machine: dict[str, Any] = Field(
+        default_factory=dict, description="What computed it: device, threads, dtype, micro_batch, processes."
+    )
+    earlier: list[dict[str, Any]] = Field(
+        default_factory=list, description="Versions and machines of others whose unfinished work it may continue."
+    )
 
     @field_validator("files")
     @classmethod
@@ -178,13 +189,16 @@ def has_content(path: Path, entry: FileEntry) -> bool:
     return known[1] == entry.sha256
 
 
-def folder_files(folder: Path) -> dict[str, FileEntry]:
-    """Every file below a folder by its relative posix path, sorted."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): FileEntry(sha256=file_sha256(path), size=path.stat().st_size)
-        for path in paths
-    }
+def folder_files(folder: Path, *, read: Callable[[list[str]], list[str]] = list) -> dict[str, FileEntry]:
+    """Every file below a folder by its relative posix path, sorted.
+
+    Args:
+        folder: the folder.
+        read: picks the files that count by their names, before any is read.
+    """
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    paths = {name: folder / name for name in read(names)}
+    return {name: FileEntry(sha256=file_sha256(path), size=path.stat().st_size) for name, path in paths.items()}
 
 
 def files_digest(files: dict[str, FileEntry]) -> str:
@@ -196,18 +210,37 @@ def files_digest(files: dict[str, FileEntry]) -> str:
 def external_ref(path: str | Path) -> ArtifactRef:
     """A reference to a file or folder of the user's, by its content digest, never by its path.
 
+    Of a model folder only what loading reads counts: a note beside the weights makes no other model.
+
     Raises:
         InputError: nothing readable is there.
     """
     path = Path(path).expanduser()
     try:
         whole = path.is_dir()
-        files = folder_files(path) if whole else {"": FileEntry(sha256=file_sha256(path), size=path.stat().st_size)}
+        files = (
+            folder_files(path, read=_read_by_loading)
+            if whole
+            else {"": FileEntry(sha256=file_sha256(path), size=path.stat().st_size)}
+        )
     except OSError as error:
         raise InputError(
             f"cannot read the input: {error.strerror}", where=str(path), fix="check the path and its permissions"
         ) from error
     return ArtifactRef(uri=str(path.resolve()), digest=files_digest(files), kind="external")
+
+
+def _read_by_loading(names: list[str]) -> list[str]:
+    """The files of a model folder that loading may read; all of any other folder, and of one that brings code."""
+    if "config.json" not in names or any(name.endswith(".py") for name in names):
+        return names
+    return [
+        name
+        for name in names
+        if name in _MODEL_TEXTS
+        or (name.endswith(_MODEL_SUFFIXES) and "/" not in name)
+        or (name.startswith("additional_chat_templates/") and name.endswith(".jinja"))
+    ]
 
 
 def parse_manifest(text: str | bytes, stage: str, key: str) -> Manifest:

@@ -2,8 +2,8 @@
 
 It covers the syntax trees of the stage's module and of every module of the same package, or of
 cdpo_core, that it imports, transitively: an edited loss computes everything behind it again, an
-edited comment or docstring does not. Modules are found as files and parsed, never imported, so that
-a key can be had without loading torch.
+edited comment or docstring does not, nor one of the modules that only word errors (MESSAGES).
+Modules are found as files and parsed, never imported, so that a key can be had without loading torch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from collections.abc import Iterable
 from functools import cache
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
+
+MESSAGES = frozenset({"cdpo_core.errors"})
+"""Modules that hold exceptions and their wording, and nothing that a stage's artifact could hold."""
 
 
 @cache
@@ -45,7 +48,7 @@ def source_version(module: str, packages: dict[str, Path]) -> str:
     while pending:
         name = pending.pop()
         file = _source_file(name, packages)
-        if name in trees or file is None:
+        if name in trees or file is None or name in MESSAGES:
             continue
         package = name if file.name == "__init__.py" else name.rpartition(".")[0]
         trees[name], imports = _parsed(file.read_text(encoding="utf-8"), package)

@@ -1,15 +1,30 @@
-"""The machine a stage computes on: device, threads, determinism. Nothing here enters a key."""
+"""How a stage's function is called: on which device, with which threads and determinism. It is part of every key.
+
+What a record says of the machine is in `cdpo_core.provenance`, which is in none.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
-    from cdpo_core.stages import Runtime
+    from cdpo_core.stages import Runtime, Slice
+
+
+def call(function: tuple[str, str], config: Slice, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    """Compute a stage here and now.
+
+    Args:
+        function: its (module, name), imported when it has to compute and not before.
+        config, inputs, out, runtime: its arguments; the machine is set up as the runtime says.
+    """
+    module, name = function
+    getattr(importlib.import_module(module), name)(config, inputs, out, use_machine(runtime))
 
 
 def use_machine(runtime: Runtime) -> Runtime:
@@ -17,6 +32,8 @@ def use_machine(runtime: Runtime) -> Runtime:
 
     Equal seeds give equal bytes for the same device and thread count.
     """
+    import torch
+
     # cuBLAS reads it when CUDA starts; without, it may add in another order each time.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(runtime.threads or os.cpu_count() or 1)

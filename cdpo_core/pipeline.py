@@ -1,16 +1,20 @@
 """The stages of the DAG: what computes each, and the config fields it receives, picked one by one.
 
 What is not named here reaches no stage: the limit is in no training stage, a round receives lambda
-and not the limit, and names, stores, tracking, devices and micro-batches are in none.
+and not the limit, and names, stores, tracking, devices and micro-batches are in none (but see
+`machine_fields`). What is named reaches it only where it acts: the width of a policy from scratch does not
+reach the one that is loaded.
 """
 
 from __future__ import annotations
 
-import importlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from cdpo_core.stages import Compute, Runtime, Slice, Stage
+from cdpo_core.provenance import device_kind
+from cdpo_core.stages import Applies, Compute, Runtime, Slice, Stage
 
 DATA_FIELDS = ("data.splits", "data.held_out")
 SCRATCH_POLICY = ("policy.hidden_size", "policy.layers", "policy.heads", "policy.vocabulary_size")
@@ -24,14 +28,42 @@ POLICY_FIELDS = (
 )
 
 
+EXACT = "float32"
+"""The number format in which a batch's shape moves a result by rounding only."""
+
+
+def machine_fields(stage: Stage, formats: Mapping[str, str], runtime: Runtime) -> dict[str, Any]:
+    """What of the machine enters a stage's slice: nothing in float32, elsewhere what decides how sums are formed.
+
+    In bfloat16 a sum is rounded to three digits, so another batch, device or number of threads gives other responses,
+    not the same ones but for their last bits.
+
+    Args:
+        stage: its `models` say whose number format counts.
+        formats: of `policy` and `scorers`; several are joined by commas.
+        runtime: the machine.
+    """
+    if all(formats[name] == EXACT for name in stage.models):
+        return {}
+    device = device_kind(runtime.device)
+    threads = runtime.threads or os.cpu_count() or 1
+    return {
+        "machine": {
+            "device": device,
+            "micro_batch": runtime.micro_batch,
+            **({"threads": threads} if device.startswith("cpu") else {}),
+        }
+    }
+
+
 def _core(path: str) -> Compute:
     """The stage function at `module:name`, imported when it has to compute and not before."""
     module, name = path.split(":")
 
     def compute(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
-        from cdpo_core.machine import use_machine
+        from cdpo_core.machine import call
 
-        getattr(importlib.import_module(module), name)(config, inputs, out, use_machine(runtime))
+        call((module, name), config, inputs, out, runtime)
 
     compute.__module__, compute.__qualname__ = module, name
     return compute
@@ -71,19 +103,29 @@ SFT = Stage(
     "policy",
     _core("cdpo_core.learning.sft:train_sft"),
     ("seed", *POLICY_FIELDS, "sft.train", "sft.steps", "sft.batch", "sft.learning_rate"),
+    (
+        Applies(SCRATCH_POLICY, lambda config: config.base == "scratch"),
+        Applies(("policy.trust_remote_code",), lambda config: config.base != "scratch"),
+        Applies(("sft.steps", "sft.batch", "sft.learning_rate"), lambda config: config.sft.train),
+        Applies(("seed",), lambda config: config.sft.train or config.base == "scratch"),
+    ),
+    ("policy",),
 )
 RESPONSES = Stage(
     "responses",
     "responses",
     _core("cdpo_core.evaluation.sampling:sample_responses"),
     ("seed", "policy.max_response_tokens", "policy.trust_remote_code", "sampling.temperature"),
+    models=("policy",),
 )
 DATASET_RESPONSES = Stage(
     "dataset-responses",
     "responses",
     _core("cdpo_core.learning.dataset_pairs:dataset_responses"),
     ("policy.max_prompt_tokens", "policy.max_response_tokens", "policy.trust_remote_code"),
+    models=("policy",),
 )
+SCORER_TRAINING = ("reward.epochs", "reward.batch", "reward.learning_rate", "reward.optimizer")
 SCORERS = Stage(
     "scorers",
     "scorers",
@@ -93,13 +135,15 @@ SCORERS = Stage(
         "policy.max_prompt_tokens",
         "policy.max_response_tokens",
         "policy.trust_remote_code",
-        "reward.epochs",
-        "reward.batch",
-        "reward.learning_rate",
-        "reward.optimizer",
+        *SCORER_TRAINING,
     ),
+    (
+        Applies(("seed", *SCORER_TRAINING), lambda config: config.train),
+        Applies(("sign",), lambda config: not config.train),
+    ),
+    ("scorers",),
 )
-SCORES = Stage("scores", "scores", _core("cdpo_core.learning.score:score_responses"))
+SCORES = Stage("scores", "scores", _core("cdpo_core.learning.score:score_responses"), models=("scorers",))
 SPLITS = Stage("splits", "splits", _core("cdpo_core.data.splits:make_splits"), ("seed", "data.splits"))
 ROUND_FIELDS = (
     "seed",
@@ -118,18 +162,29 @@ ROUND_FIELDS = (
     "dpo.averaging",
     "dpo.pairs",
 )
-ROUND = Stage("round", "policy", _core("cdpo_core.learning.dpo:train_round"), (*ROUND_FIELDS, "dpo.steps"))
+ANCHORED = (Applies(("dpo.anchor_end",), lambda config: config.dpo.anchor > 0),)
+ROUND = Stage(
+    "round",
+    "policy",
+    _core("cdpo_core.learning.dpo:train_round"),
+    (*ROUND_FIELDS, "dpo.steps"),
+    ANCHORED,
+    ("policy",),
+)
 CONDITIONAL = Stage(
     "conditional",
     "conditional-policy",
     _core("cdpo_core.learning.conditional:train_conditional"),
     (*ROUND_FIELDS, "dpo.conditional_steps"),
+    ANCHORED,
+    ("policy",),
 )
 BOUND = Stage(
     "bound",
     "policy",
     _core("cdpo_core.learning.conditional:bind_lambda"),
     ("policy.trust_remote_code",),
+    models=("policy",),
 )
 SAFE_RLHF = Stage(
     "safe-rlhf",
@@ -142,17 +197,20 @@ SAFE_RLHF = Stage(
         "policy.trust_remote_code",
         "dpo.beta",
     ),
+    models=("policy", "scorers"),
 )
 ENUMERATION = Stage(
     "enumeration",
     "enumeration",
     _core("cdpo_core.testbed.judge:enumerate_reference"),
     ("evaluation.judged_prompts",),
+    models=("policy", "scorers"),
 )
 POLICY_ENUMERATION = Stage(
     "policy-enumeration",
     "enumeration",
     _core("cdpo_core.testbed.judge:enumerate_policy"),
+    models=("policy",),
 )
 JUDGEMENT = Stage(
     "judgement",

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import importlib
 import json
 import logging
 import os
@@ -196,16 +195,15 @@ class _Speaker(logging.Handler):
 
 
 def _compute(request: Mapping[str, Any], speaker: _Speaker) -> None:
-    from cdpo_core.machine import use_machine
+    from cdpo_core.machine import call
     from cdpo_core.stages import Runtime, Slice
 
-    module, name = request["compute"]
     machine = dict(request["runtime"])
     scratch = machine.pop("scratch")
     runtime = Runtime(**machine, scratch=None if scratch is None else Path(scratch), progress=speaker.progress)
-    function = getattr(importlib.import_module(module), name)
     inputs = {key: Path(path) for key, path in request["inputs"].items()}
-    function(Slice(request["slice"]), inputs, Path(request["out"]), use_machine(runtime))
+    module, name = request["compute"]
+    call((module, name), Slice(request["slice"]), inputs, Path(request["out"]), runtime)
 
 
 def _die_with(parent: int) -> None:

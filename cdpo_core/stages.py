@@ -16,8 +16,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +24,14 @@ from pydantic import BaseModel
 from cdpo_core.artifacts import ArtifactRef, Manifest, Store, external_ref, files_digest, folder_files
 from cdpo_core.code_version import code_version
 from cdpo_core.errors import CorruptArtifact, InputError
+from cdpo_core.provenance import machine_record, others_before
 from cdpo_core.scratch import held_folder
 from cdpo_core.stage_process import compute_apart
 
 log = logging.getLogger(__name__)
 
 _AGAIN = "run the same command again: it is computed again, what is whole is kept"
+CALLER = "cdpo_core.machine"
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 Progress = Callable[[str, int, int], None]
@@ -43,7 +43,18 @@ def no_progress(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Runtime:
-    """The machine a stage runs on: in no key, so it may change speed but never the result's meaning."""
+    """The machine a stage runs on: in no key, so it changes speed and, in float32, no more than rounding.
+
+    Attributes:
+        device: `cpu`, `cuda`, or `auto` for the best there is.
+        threads: of the processor; 0 takes all cores.
+        micro_batch: sequences in one forward pass; 0 lets the stage choose.
+        scratch: where checkpoints and finished chunks lie.
+        progress: hears (what, done, total).
+        own_process: whether each stage computes in a process of its own.
+        dtype: the number format of the models a stage computes with, "" without; what it computes in, its models say:
+            this is for the record.
+    """
 
     device: str = "cpu"
     threads: int = 0
@@ -51,6 +62,7 @@ class Runtime:
     scratch: Path | None = None
     progress: Progress = no_progress
     own_process: bool = False
+    dtype: str = ""
 
 
 class Slice:
@@ -91,6 +103,19 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+@dataclass(frozen=True)
+class Applies:
+    """Fields that act only under a condition; where it does not hold, a stage receives none of them.
+
+    Attributes:
+        fields: dotted paths, of config fields or of values that are given beside them.
+        when: of the slice with all fields.
+    """
+
+    fields: tuple[str, ...]
+    when: Callable[[Slice], bool]
+
+
 Compute = Callable[[Slice, Mapping[str, Path], Path, Runtime], None]
 
 
@@ -103,12 +128,16 @@ class Stage:
         kind: what its artifact is (policy, scorers, responses, ...).
         compute: (slice, inputs by name, empty output folder, runtime) -> None; writes files.
         fields: dotted config paths that form its slice.
+        applies: which of them, and of the values given beside them, are left out when they would not act.
+        models: whose number format it computes in: `policy`, `scorers`, both or none.
     """
 
     name: str
     kind: str
     compute: Compute
     fields: tuple[str, ...] = ()
+    applies: tuple[Applies, ...] = ()
+    models: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,6 +152,17 @@ class StageResult:
     created: str = field(default="", compare=False)
 
 
+def slice_of(stage: Stage, config: BaseModel, **extra: Any) -> Slice:
+    """What a stage receives: its fields of `config` and values that are no config field, as far as they act."""
+    whole = pick(config, stage.fields, **extra)
+    idle = {path for rule in stage.applies if not rule.when(whole) for path in rule.fields}
+    return pick(
+        config,
+        tuple(path for path in stage.fields if path not in idle),
+        **{name: value for name, value in extra.items() if name not in idle},
+    )
+
+
 def stage_key(stage: Stage, slice_: Slice, inputs: Mapping[str, ArtifactRef]) -> str:
     """sha256(stage, config slice, input digests, code version), hex.
 
@@ -133,9 +173,14 @@ def stage_key(stage: Stage, slice_: Slice, inputs: Mapping[str, ArtifactRef]) ->
         "stage": stage.name,
         "slice": slice_.as_dict(),
         "inputs": {name: ref.digest for name, ref in inputs.items()},
-        "code": code_version(stage.compute.__module__),
+        "code": _code(stage),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _code(stage: Stage) -> str:
+    """Version of the function and of how it is called, which no stage's module imports."""
+    return hashlib.sha256(f"{code_version(stage.compute.__module__)} {code_version(CALLER)}".encode()).hexdigest()
 
 
 def resolve(ref: ArtifactRef, store: Store) -> Path:
@@ -239,6 +284,9 @@ def _compute(
     shutil.rmtree(out, ignore_errors=True)  # what a killed process left
     out.mkdir()
     started, cpu_started = time.monotonic(), time.process_time()
+    assert runtime.scratch is not None
+    machine = machine_record(runtime)
+    earlier = others_before(runtime.scratch, machine)
     try:
         runtime.progress(stage.name, 0, 1)
         apart = 0.0
@@ -257,20 +305,15 @@ def _compute(
                 files=files,
                 slice=slice_.as_dict(),
                 inputs={name: ref.digest for name, ref in inputs.items()},
-                code=code_version(stage.compute.__module__),
+                code=_code(stage),
                 created=datetime.now(UTC).isoformat(timespec="milliseconds"),
                 seconds=round(time.monotonic() - started, 3),
                 cpu_seconds=round(time.process_time() - cpu_started + apart, 3),
                 host=platform.node(),
-                versions=library_versions(),
+                versions=machine.pop("versions"),
+                machine=machine,
+                earlier=earlier,
             ),
         )
     finally:
         shutil.rmtree(out, ignore_errors=True)
-
-
-@cache
-def library_versions() -> dict[str, str]:
-    """Versions of what computes: for the manifest and the report, never in a key."""
-    names = ("torch", "transformers", "tokenizers", "numpy", "scipy", "pandas", "pyarrow")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}

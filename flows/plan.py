@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, ClassVar
 
 from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.config import ExperimentConfig
-from cdpo_core.stages import Stage, pick, reference_to, stage_key
+from cdpo_core.provenance import machine_record, mixed
+from cdpo_core.stages import Stage, reference_to, stage_key
 from flows.align import align
 from flows.evaluate import evaluate
 from flows.preference_models import preference_models
@@ -41,11 +42,12 @@ class PlanBench(Workbench):
         """The artifact's reference if it is in the store, else a placeholder."""
         label = label or stage.name
         if all(ref.kind != PLANNED for ref in inputs.values()):
-            key = stage_key(stage, pick(self.config, stage.fields, **extra), inputs)
+            key = stage_key(stage, self.slice_of(stage, extra), inputs)
             manifest = self.store.find(stage.name, key)
             if manifest is not None:
-                self.results.append(Done(label, True, manifest.seconds, manifest.created))
-                return reference_to(manifest, self.store)
+                ref = reference_to(manifest, self.store)
+                self.results.append(Done(label, True, manifest.seconds, manifest.created, ref))
+                return ref
         self.results.append(Done(label, False, 0.0, ""))
         return ArtifactRef(uri="", digest="", kind=PLANNED)
 
@@ -84,10 +86,21 @@ def plan_experiment(config: ExperimentConfig) -> dict[str, Any]:
     except _NotComputed:
         rest = _what_follows(bench)
     known = _seconds_by_stage(bench)
+    warnings += _mixed(bench)
     stages = [{"name": done.label, "cached": done.cached, "estimate": known.get(done.label)} for done in bench.results]
     stages += [{"name": name, "cached": False, "estimate": known.get(name)} for name in rest]
     found = {"margin": margin, "share": share, "warnings": warnings, "price": price}
     return {"stages": stages, "memory": _memory(config), **found}
+
+
+def _mixed(bench: PlanBench) -> list[str]:
+    """A line if what is there was computed elsewhere than what is not there yet would be."""
+    machines = bench.machines()
+    missing = [done.label for done in bench.results if not done.cached]
+    if missing:
+        runtime = replace(bench.runtime(""), dtype=bench.config.policy.dtype)
+        machines.append({**machine_record(runtime), "stages": missing})
+    return [line] if (line := mixed(machines)) else []
 
 
 def _what_follows(bench: PlanBench) -> tuple[str, ...]:

@@ -35,6 +35,7 @@ from flows.up_command import UpOptions
 from tasks.access import PASSWORD, USERNAME, Login, login_of_environment, mlflow_authorization, prefect_authorization
 from tasks.environment import DEFAULT_STORE, cdpo_home
 from tasks.mlflow_connection import without_secrets
+from tasks.moved_home import settle
 
 READY_SECONDS = 180
 LOCK, STATE = "up.lock", "up.json"
@@ -110,6 +111,7 @@ def _start(stack: Stack, children: list[Child], stop: threading.Event) -> bool:
     if stack.databases:
         make_databases(stack.databases)
     stack.make_files()
+    settle(stack.home)
     _say("starting the Prefect server and the MLflow server …")
     servers = [_child(stack, part) for part in stack.servers()]
     children += servers

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cdpo_core.errors import InputError
 from tasks.access import login_of_environment
+from tasks.moved_home import DATABASE, FILES
 
 # Where runs keep their artifacts unless their config says; `cdpo up --store` sets it for its workers.
 DEFAULT_STORE = "CDPO_STORE"
@@ -70,7 +71,7 @@ def local_mlflow(home: Path) -> tuple[str, str]:
     A server on the same database must be started with the same `--default-artifact-root` and with
     `--no-serve-artifacts`, so that runs made with and without it can read each other's files.
     """
-    return f"sqlite:///{home / 'mlflow.db'}", (home / "mlartifacts").as_uri()
+    return f"sqlite:///{home / DATABASE}", (home / FILES).as_uri()
 
 
 def quiet_environment(*, make_home: bool = True) -> None:

@@ -22,3 +22,10 @@ def external_model(base: str, revision: str = "") -> ArtifactRef:
         return external_ref(folder)
     # A snapshot's folder is named by its commit, which names its content.
     return ArtifactRef(uri=str(folder), digest=f"{base}@{folder.name}", kind="external")
+
+
+def number_format(base: str, revision: str = "") -> str:
+    """The number format of a model from outside: what its config says, else what its weights are in."""
+    from cdpo_core.models.checkpoints import local_folder, weights_format
+
+    return weights_format(local_folder(base, revision))

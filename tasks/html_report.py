@@ -114,8 +114,22 @@ def provenance(result: Record) -> list[tuple[str, str]]:
         (f"certificate rests on: {ref['kind']}", short_reference(ref))
         for ref in (result["certificate"] or {}).get("evidence", [])
     ]
-    versions = ", ".join(f"{name} {version}" for name, version in sorted(result["versions"].items()))
-    return [*rows, ("versions", versions)]
+    rows += [("computed by", _machine(item)) for item in result.get("machines", [])]
+    return [*rows, ("this record was written by", _versions(result["versions"]))]
+
+
+def _machine(item: Record) -> str:
+    """One machine's line: how many stages, on what, with which libraries."""
+    told = [f"{item['threads']} threads" if item.get("threads") else "", item.get("dtype", "")]
+    if item.get("micro_batch"):
+        told.append(f"micro-batch {item['micro_batch']}")
+    where = ", ".join(filter(None, [item.get("device", ""), *told, _versions(item["versions"])]))
+    count = len(item["stages"])
+    return f"{where} ({count} stage{'s' if count > 1 else ''})"
+
+
+def _versions(versions: Record) -> str:
+    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = (), ours: str = "") -> Table:

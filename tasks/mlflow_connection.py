@@ -18,6 +18,7 @@ from cdpo_core.errors import CdpoError, InputError
 from tasks.access import FIX as LOGIN_FIX
 from tasks.access import mlflow_authorization
 from tasks.environment import local_mlflow, quiet_environment
+from tasks.moved_home import settle
 from tasks.patience import ServerAway
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def connect(tracking: TrackingConfig, home: Path) -> tuple[Any, str, str]:
 
         artifacts = None if is_http(uri) else local_mlflow(home)[1]
         with _alone_at_the_tables(uri):
+            _settle(uri, home)
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             return client, uri, _find_or_create_experiment(client, tracking.experiment, artifacts)
 
@@ -76,6 +78,7 @@ def reader(tracking: TrackingConfig, home: Path) -> tuple[Any, str]:
     with mlflow_errors(InputError, without_secrets(uri), FIX, away=ServerAway), _alone_at_the_tables(uri):
         from mlflow import MlflowClient
 
+        _settle(uri, home)
         return MlflowClient(tracking_uri=uri, registry_uri=uri), uri
 
 
@@ -213,6 +216,11 @@ def _alone_at_the_tables(uri: str) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def _settle(uri: str, home: Path) -> None:
+    if uri == local_mlflow(home)[0]:
+        settle(home)
 
 
 def _find_or_create_experiment(client: Any, name: str, artifacts: str | None) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from cdpo_core.artifacts import ArtifactRef, Manifest, Store, files_digest, folder_files
 from cdpo_core.errors import CorruptArtifact
-from cdpo_core.stages import library_versions, reference_to, resolve
+from cdpo_core.provenance import library_versions
+from cdpo_core.stages import reference_to, resolve
 
 STAGE = KIND = "report"
 FILE = "report.html"

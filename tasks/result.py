@@ -12,7 +12,7 @@ from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.evaluation.instrument import same_tokens_warning, unchecked, unfinished_warning
 from cdpo_core.evaluation.measure import Measured
 from cdpo_core.evaluation.result import constraint_records, each, verdict
-from cdpo_core.stages import library_versions
+from cdpo_core.provenance import library_versions, mixed
 from tasks.dual import OfflinePlan
 from tasks.evaluation import Certified
 from tasks.journal import Journal
@@ -70,6 +70,7 @@ def experiment_result(
     figures = {name: item.summary(names, outcome.test["reference"], kinds) for name, item in outcome.test.items()}
     run_id = journal.run_id
     oracle = _oracle(outcome.oracle, feasible=certified is not None)
+    machines = bench.machines()
     result: dict[str, Any] = {
         "name": bench.config.name,
         "status": "infeasible" if certified is None else "certified" if certified.passed else "not_certified",
@@ -88,7 +89,7 @@ def experiment_result(
             "effective_samples": plan.effective_samples,
         },
         "instrument": [failure.record() for failure in certified.failures] if certified else [],
-        "warnings": _warnings(names, plan, scorers, outcome),
+        "warnings": [*_warnings(names, plan, scorers, outcome), *filter(None, [mixed(machines)])],
         "test": figures.pop("policy", None),
         "baselines": figures,
         "scorers": dict(scorers),
@@ -103,6 +104,8 @@ def experiment_result(
         "pool_scores": outcome.pool_scores.model_dump(),
         "seed": bench.config.seed,
         "ended_ms": journal.ended_ms(),
+        "machines": machines,
+        # Of the process that wrote this record; what computed the artifacts, `machines` says.
         "versions": library_versions(),
     }
     return {**result, "verdict": verdict(result)}

@@ -17,18 +17,21 @@ from prefect.states import Completed, State
 
 from cdpo_core.artifacts import ArtifactRef, Manifest, Store
 from cdpo_core.config import ExperimentConfig
+from cdpo_core.pipeline import machine_fields
+from cdpo_core.provenance import by_machine
 from cdpo_core.stages import (
     Progress,
     Runtime,
+    Slice,
     Stage,
     StageResult,
     compute_stage,
     manifest_of,
-    pick,
     resolve,
+    slice_of,
 )
 from tasks.environment import cdpo_home, default_store
-from tasks.external import RESERVED_BASES, external_model
+from tasks.external import RESERVED_BASES, external_model, number_format
 from tasks.prefect_records import ProgressArtifacts
 from tasks.sources import source_ref
 from tasks.storage import open_store
@@ -79,6 +82,7 @@ class Workbench:
     externals: dict[str, str] | None = None
     uses_drawn: dict[str, Any] = field(default_factory=dict)
     enters: ClassVar[bool] = True
+    formats: dict[str, str] | None = None
 
     def run(self, stage: Stage, inputs: Mapping[str, ArtifactRef], label: str = "", **extra: Any) -> ArtifactRef:
         """Run one stage as a Prefect task, which shows as `Cached` when the store has it already.
@@ -109,15 +113,38 @@ class Workbench:
         changed = getattr(self.config, section).model_copy(update=values)
         return replace(self, config=self.config.model_copy(update={section: changed}))
 
-    def runtime(self, label: str) -> Runtime:
-        """The machine as configured; progress is reported under the label."""
-        compute = self.config.compute
+    def slice_of(self, stage: Stage, extra: Mapping[str, Any]) -> Slice:
+        """What a stage receives. Args: stage; extra, values that are no config field."""
+        machine = machine_fields(stage, self.number_formats(), self.runtime("", stage))
+        return slice_of(stage, self.config, **extra, **machine)
+
+    def number_formats(self) -> dict[str, str]:
+        """The number formats that the policy and the scorers compute in; several are joined by commas."""
+        if self.formats is None:
+            config, own = self.config, self.config.policy.dtype
+            bases = [(config.reward.base, config.reward.revision)]
+            bases += [(item.base, item.revision) for item in config.constraints if item.base != "reward"]
+            found = {own if base in RESERVED_BASES else number_format(base, revision) for base, revision in bases}
+            self.formats = {"policy": own, "scorers": ", ".join(sorted(found))}
+        return self.formats
+
+    def runtime(self, label: str, stage: Stage | None = None) -> Runtime:
+        """The machine as configured, for a stage; progress is reported under the label."""
+        compute, formats = self.config.compute, self.number_formats() if stage else {}
         report = _progress
 
         def progress(what: str, done: int, total: int) -> None:
             report(label, done, total)
 
-        return Runtime(compute.device, compute.threads, compute.micro_batch, None, progress, compute.own_process)
+        return Runtime(
+            compute.device,
+            compute.threads,
+            compute.micro_batch,
+            None,
+            progress,
+            compute.own_process,
+            dtype=", ".join(sorted({formats[name] for name in stage.models} if stage else ())),
+        )
 
     def put_record(self, name: str, record: Mapping[str, Any]) -> None:
         """Keep a small record in the store under this name, unless there is one."""
@@ -171,6 +198,10 @@ class Workbench:
             self._manifest(ref)
         return used
 
+    def machines(self) -> list[dict[str, Any]]:
+        """What computed the artifacts that this run used: {versions, device, ..., stages} of each machine."""
+        return by_machine([(done.label, self._manifest(done.ref)) for done in self.results if done.ref is not None])
+
     def _manifest(self, ref: ArtifactRef) -> Manifest:
         return with_whole([ref], lambda: manifest_of(ref, self.store))
 
@@ -179,8 +210,8 @@ class Workbench:
 def _stage_task(
     bench: Workbench, stage: Stage, inputs: Mapping[str, ArtifactRef], label: str, extra: dict[str, Any]
 ) -> State:
-    slice_ = pick(bench.config, stage.fields, **extra)
-    result = compute_stage(stage, slice_, inputs, bench.store, bench.runtime(label), bench.scratch_root)
+    slice_ = bench.slice_of(stage, extra)
+    result = compute_stage(stage, slice_, inputs, bench.store, bench.runtime(label, stage), bench.scratch_root)
     _progress(label, 1, 1)
     log.info("%s: %s in %.1f s", label, "cached" if result.cached else "computed", result.seconds)
     return Completed(name="Cached" if result.cached else "Completed", data=result)

@@ -220,6 +220,8 @@ class Round:
 
         Early it keeps the mass from leaking; late, its bias at finite K would be learned by heart.
         """
+        if not self.dpo.anchor:
+            return 0.0
         left = 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return float(self.dpo.anchor * (self.dpo.anchor_end + (1 - self.dpo.anchor_end) * left))
 

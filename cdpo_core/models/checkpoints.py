@@ -18,6 +18,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # The file of a fast tokenizer, and those that transformers makes one of.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+# Safetensors' words for the number formats coarser than float32.
+FORMATS = {"BF16": "bfloat16", "F16": "float16"}
 PATH_STARTS = ("/", ".", "~")
 HUB_TIMEOUT_SECONDS = 10.0
 # What transformers writes into its JSON files that is no content: where a model came from, and its own version.
@@ -102,6 +104,23 @@ def saved_dtype(folder: Path) -> torch.dtype:
     import torch
 
     return getattr(torch, read_model_config(folder).get("dtype") or "float32")
+
+
+def weights_format(folder: Path) -> str:
+    """The number format a model folder loads in, without loading it: as its config says, else as its weights are.
+
+    Raises:
+        InputError: as `read_model_config` and `weight_files`.
+    """
+    config = read_model_config(folder)
+    said = config.get("dtype") or config.get("torch_dtype")
+    if said:
+        return str(said).removeprefix("torch.")
+    with weight_files(folder)[0].open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+    codes = {entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
+    return next((name for code, name in FORMATS.items() if code in codes), "float32")
 
 
 def weight_files(folder: Path) -> list[Path]:
