@@ -78,6 +78,8 @@ def limits_of_meaning(result: Record) -> list[str]:
     if certificate and certificate.get("spending") != "squares":
         used = f"these held-out prompts had been used for {spent} tests when this was written. " if spent > 1 else ""
         lines.append(f"The same after many tries: {used}δ counts this test alone.")
+    elif certificate.get("uses", 1) > 1:
+        lines.append("Anything about a policy that somebody made by the figures of an earlier test on these prompts.")
     return lines
 
 

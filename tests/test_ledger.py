@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import threading
 from pathlib import Path
@@ -9,21 +10,27 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from report_kit import result
+from rich.console import Console
 from store_kit import Backend
 from store_kit import backend as backend
 
 from benchmarks.many_tries import Shelf, some_pass
-from cdpo_core.artifacts import ArtifactRef
+from cdpo_core.artifacts import ArtifactRef, Manifest
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.config_loading import load_config
 from cdpo_core.dual.spending import Entry, share_of, uses
+from cdpo_core.evaluation.result import confidence, verdict
 from cdpo_core.local_store import LocalStore
 from flows.children import children_of
+from flows.export import model_card
 from flows.grid import combinations
 from flows.plan import PlanBench
+from flows.plan_report import print_plan
 from tasks.frontier import choose_for_sweep
 from tasks.ledger import Ledger, enter_test, family_of, prompt_digest, share_for
 from tasks.records import Prepared, Scored
+from tasks.report_words import limits_of_meaning, meanings
 from tasks.workbench import Workbench
 
 POLICY = ArtifactRef(uri="policy", digest="6" * 64, kind="policy")
@@ -216,6 +223,49 @@ def test_the_choice_of_a_sweep_divides_no_second_time(tmp_path: Path, monkeypatc
     chosen = choose_for_sweep([(child.config, item) for child, item in zip(children, results, strict=True)], tested=2)
     assert chosen is not None
     assert (chosen["limit"], chosen["delta"]) == (-0.5, 0.0152)
+
+
+@pytest.mark.parametrize(
+    ("delta", "percent"),
+    [(0.05, "95 %"), (0.030396, "96.9 %"), (0.1, "90 %"), (0.0076, "99.24 %"), (1e-7, "99.99999 %")],
+)
+def test_confidence_is_never_rounded_up(delta: float, percent: str) -> None:
+    assert confidence(delta) == percent
+
+
+def spent_at(**changes: Any) -> dict[str, Any]:
+    """A result whose certificate was the third use of its prompts, one of two tests."""
+    record = result()
+    spent = {"delta": 0.00169, "asked_delta": 0.05, "spending": "squares", "uses": 3, "family_tests": 2, "spent": 4}
+    certificate = {**record["certificate"], **spent, **changes}
+    constraints = [{**record["constraints"][0], "certificate": certificate}]
+    return {**record, "certificate": certificate, "constraints": constraints}
+
+
+def test_every_word_of_the_outcome_says_what_was_spent() -> None:
+    share = "δ = 0.00169 is this test's share of 0.05; use 3 of them, divided among 2 tests"
+    assert share in verdict(spent_at())
+    assert "99.83 % confidence" in verdict(spent_at())
+    words = "δ = 0.05 was asked for all tests ever made on these held-out prompts together. This is use 3 of them"
+    manifest = Manifest(stage="round", key="k" * 8, kind="policy", digest="d" * 64, files={})
+    for text in (" ".join(meanings(spent_at())), model_card(manifest, spent_at())):
+        assert words in text
+    assert "many tries" not in " ".join(limits_of_meaning(spent_at()))
+    alone = spent_at(spending="none", delta=0.05, family_tests=1)
+    assert "certificate.spending is none: δ holds for this test alone" in verdict(alone)
+    assert "The same after many tries: these held-out prompts had been used for 4 tests" in " ".join(
+        limits_of_meaning(alone)
+    )
+    assert "δ = 0.05 was spent on this test alone" in model_card(manifest, alone)
+
+
+def test_a_plan_says_what_the_next_test_would_get() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    for share in ({"delta": 0.0076, "asked": 0.05, "uses": 2, "tests": 1}, None):
+        print_plan({"stages": [], "share": share}, load_config("tiny"), console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "certificate: at δ = 0.0076 of the 0.05 asked, as use 2 of these prompts\n" in said
+    assert "known once the held-out prompts are" in said
 
 
 def test_racing_families_have_uses_of_their_own(backend: Backend) -> None:

@@ -2,8 +2,10 @@
 
 Who tests again and again on the same prompts passes in the end. So the k-th family of tests that meets a prompt may err
 with probability δ_k = 6δ/(π²k²) only, and the m tests of one family with δ_k/m each: Σ_k m·δ_k/m ≤ δ bounds the
-probability that any policy above its limit passed any test on these prompts, however the later ones were chosen
-(union bound; alpha spending after Foster & Stine, JRSS-B 2008).
+probability that any policy above its limit passed any test on these prompts (union bound; alpha spending after Foster
+& Stine, JRSS-B 2008). It holds for tests that do not depend on the prompts' costs, and for going on until one passes,
+since the policies tried after nothing but failures are one sequence; not for a policy that was made by the figures of
+an earlier test.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def confidence(delta: float) -> str:
     digits = max(0, math.ceil(-math.log10(100 * delta))) + 1
     # A hair more than is lost in 1 − δ, so that 95 stays 95.
     percent = math.floor((100 * (1 - delta) + 1e-9) * 10**digits) / 10**digits
-    return f"{percent:g} %" if digits < 4 else f"{percent:.{digits}f} %"
+    return f"{percent:.{digits}f}".rstrip("0").rstrip(".") + " %"
 
 
 def spending_in_short(certificate: Mapping[str, Any]) -> str:
