@@ -211,7 +211,7 @@ class TrackingConfig(Section):
 
 
 class ComputeConfig(Section):
-    """The machine: in no stage's key."""
+    """The machine: in no stage's key in float32, where it changes results by rounding only."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where models run.", json_schema_extra={"position": 0})
     threads: int = Field(0, ge=0, description="CPU threads; 0 takes all cores.", json_schema_extra={"position": 1})

@@ -40,7 +40,7 @@ WORDS = {
     "reward": "The model of what is better.",
     "evaluation": "What is measured besides.",
     "testbed": "The oracle world, used when data.source is `testbed`.",
-    "compute": "The machine; changes no result but by rounding.",
+    "compute": "The machine; in float32 it changes no result but by rounding.",
     "store": "Where artifacts are kept.",
     "tracking": "MLflow.",
 }

@@ -17,10 +17,12 @@ from cdpo_core import errors, pipeline
 from cdpo_core.artifacts import external_ref
 from cdpo_core.code_version import MESSAGES, source_version
 from cdpo_core.config import ExperimentConfig
+from cdpo_core.local_store import LocalStore
 from cdpo_core.models.checkpoints import weights_format
 from cdpo_core.pipeline import machine_fields
 from cdpo_core.provenance import device_kind
 from cdpo_core.stages import Runtime, Stage, slice_of, stage_key
+from tasks.workbench import Workbench
 
 FLOAT, HALF = ({"policy": name, "scorers": name} for name in ("float32", "bfloat16"))
 
@@ -201,3 +203,17 @@ def test_every_stage_that_loads_a_model_says_so() -> None:
 )
 def test_the_number_format_of_a_folder(said: str, weights: str, found: str, tmp_path: Path) -> None:
     assert weights_format(model_folder(tmp_path / "model", said, weights)) == found
+
+
+def test_an_experiment_s_micro_batch_is_in_its_keys_in_bfloat16_only(tmp_path: Path) -> None:
+    model_folder(tmp_path / "cost", "bfloat16")
+
+    def slices(**sections: Any) -> list[dict[str, Any]]:
+        config = ExperimentConfig.model_validate({"compute": {"device": "cpu", "micro_batch": 4}, **sections})
+        bench = Workbench(config, LocalStore(tmp_path / "store"), tmp_path)
+        return [bench.slice_of(stage, {}).as_dict() for stage in (pipeline.RESPONSES, pipeline.SCORES)]
+
+    assert ["machine" in values for values in slices()] == [False, False]
+    assert ["machine" in values for values in slices(policy={"dtype": "bfloat16"})] == [True, True]
+    harm = {"name": "harm", "base": str(tmp_path / "cost"), "train": False}
+    assert ["machine" in values for values in slices(constraints=[harm])] == [False, True]

@@ -1,7 +1,9 @@
-"""Draw responses from a policy, the same ones however they are batched.
+"""Draw responses from a policy: in float32 the same ones however they are batched, up to rounding.
 
 Every token is drawn by inverting the distribution's cumulative sum at a uniform number that belongs to
-(seed, stage, prompt, sample, position), so a response depends neither on its neighbours nor on the batch.
+(seed, stage, prompt, sample, position), so in exact numbers a response depends neither on its neighbours nor on the
+batch. In float32 a batch's shape moves a probability by up to about 1e-6, and as rarely another token is drawn. In
+bfloat16, whose numbers have three digits, many responses become others: there the batch is in the stage's key.
 """
 
 from __future__ import annotations
@@ -82,8 +84,8 @@ def sample(
     """Draw k responses for each prompt.
 
     Sample j of a prompt depends on the weights, the prompt, the stream's name, the prompt's id, j,
-    the temperature and max_new_tokens; not on k, the other prompts or the micro-batch (up to the
-    rounding of float32 sums, which a batch's shape can change).
+    the temperature and max_new_tokens; in float32 not on k, the other prompts or the micro-batch
+    (up to the rounding of sums, which a batch's shape can change); in bfloat16 on these too.
 
     Args:
         policy: the policy.
