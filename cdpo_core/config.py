@@ -7,6 +7,7 @@ nested section or a list of them: no unions, no free dicts, no None. "Unset" is 
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
@@ -82,11 +83,12 @@ class PolicyConfig(Section):
     layers: int = Field(2, ge=1, description="Number of layers, from scratch only.", json_schema_extra={"position": 4})
     heads: int = Field(4, ge=1, description="Number of attention heads, from scratch only.", json_schema_extra={"position": 5})
     vocabulary_size: int = Field(1024, ge=300, description="Size of the tokenizer trained on the data (tokens), from scratch only.", json_schema_extra={"position": 6})
-    max_prompt_tokens: int = Field(64, ge=1, description="Prompts are cut to this length from the left (tokens).", json_schema_extra={"position": 7})
+    max_prompt_tokens: int = Field(64, ge=1, description="Longest prompt with the template around it; of a longer one the user's words are cut from the left (tokens).", json_schema_extra={"position": 7})
     max_response_tokens: int = Field(32, ge=1, description="Responses are cut, and sampling ends, at this length (tokens).", json_schema_extra={"position": 8})
     lora_rank: int = Field(0, ge=0, description="Rank of LoRA adapters in preference training; 0 trains all weights.", json_schema_extra={"position": 9})
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Number format of the weights.", json_schema_extra={"position": 10})
     trust_remote_code: bool = Field(False, description="Allow code that comes with a model to run.", json_schema_extra={"position": 11})
+    template_date: str = Field("2026-01-01", pattern=r"^\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])$", description="The day that a chat template which asks for the date writes into every prompt, so that a policy reads the same on every day (YYYY-MM-DD).", json_schema_extra={"position": 12})
 
 
 class SftConfig(Section):
@@ -250,6 +252,10 @@ class ExperimentConfig(Section):
                 raise ValueError(f"constraints.{index}.labels: with testbed.costs {len(known)} there are labels for {', '.join(known)}")
         if self.policy.template != "chat" and self.policy.template.count("{prompt}") != 1:
             raise ValueError("policy.template: must hold {prompt} exactly once, or be `chat`")
+        try:
+            date.fromisoformat(self.policy.template_date)
+        except ValueError:
+            raise ValueError(f"policy.template_date: there is no day {self.policy.template_date}") from None
         if self.policy.base == "scratch" and self.policy.hidden_size % (2 * self.policy.heads):
             raise ValueError("policy.hidden_size: must be a multiple of twice policy.heads")
         if self.dpo.pairs == "dataset" and self.dpo.responses_per_prompt != 2:

@@ -20,6 +20,7 @@ DATA_FIELDS = ("data.splits", "data.held_out")
 SCRATCH_POLICY = ("policy.hidden_size", "policy.layers", "policy.heads", "policy.vocabulary_size")
 POLICY_FIELDS = (
     "policy.template",
+    "policy.template_date",
     "policy.max_prompt_tokens",
     "policy.max_response_tokens",
     "policy.dtype",
@@ -134,6 +135,7 @@ SCORERS = Stage(
         "seed",
         "policy.max_prompt_tokens",
         "policy.max_response_tokens",
+        "policy.template_date",
         "policy.trust_remote_code",
         *SCORER_TRAINING,
     ),

@@ -110,7 +110,7 @@ def test_the_weights_of_e_come_back(tmp_path: Path) -> None:
 
 def test_one_training_has_a_policy_for_each_lambda(chain: dict[str, Path], trained: Path, tmp_path: Path) -> None:
     policies = {value: at(trained, value, tmp_path / str(value)) for value in (0.0, 0.5, 3.0)}
-    groups = load_groups(policies[0.0], chain, ["harm"], CONDITIONAL.dpo)
+    groups = load_groups(chain, ["harm"], CONDITIONAL.dpo)
 
     def moved(value: float, scores: torch.Tensor) -> float:
         """How much of π's weight moved from the reference's samples with low scores to those with high ones."""
@@ -128,7 +128,7 @@ def test_one_training_has_a_policy_for_each_lambda(chain: dict[str, Path], train
 def test_a_step_has_one_lambda_within_the_range_and_zero_now_and_then(chain: dict[str, Path]) -> None:
     config = conditional_slice()
     policy = load_policy(chain["reference"])
-    round_ = Round(policy, load_groups(policy, chain, ["harm"], config.dpo), config, torch.float32, 0, STEPS)
+    round_ = Round(policy, load_groups(chain, ["harm"], config.dpo), config, torch.float32, 0, STEPS)
     every = EveryRound(round_, [RANGE, 1.0], at := [0.0, 0.0])
     drawn = np.array([every.lambda_at(step) for step in range(400)])
     assert (drawn >= 0).all()

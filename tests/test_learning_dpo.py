@@ -33,13 +33,13 @@ def trained(chain: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def groups_of(chain: dict[str, Path]) -> Groups:
-    return load_groups(load_policy(chain["reference"]), chain, ["harm"], round_slice().dpo)
+    return load_groups(chain, ["harm"], round_slice().dpo)
 
 
 def a_round(chain: dict[str, Path], lambda_: float = 0.5, **dpo: object) -> Round:
     config = round_slice(changed(dpo=dpo), (lambda_,))
     policy = load_policy(chain["reference"])
-    round_ = Round(policy, load_groups(policy, chain, ["harm"], config.dpo), config, torch.float32, 0, config.dpo.steps)
+    round_ = Round(policy, load_groups(chain, ["harm"], config.dpo), config, torch.float32, 0, config.dpo.steps)
     round_.decide(config.lambda_)
     return round_
 
@@ -217,7 +217,7 @@ def test_the_datas_pairs_are_groups_of_two(chain: dict[str, Path], tmp_path: Pat
     scores.to_parquet(tmp_path / "scores" / "scores.parquet", index=False)
     inputs = {**chain, "responses": tmp_path, "scores": tmp_path / "scores"}
     config = round_slice(changed(dpo={"pairs": "dataset", "responses_per_prompt": 2}))
-    groups = load_groups(policy := load_policy(chain["reference"]), inputs, ["harm"], config.dpo)
+    policy, groups = load_policy(chain["reference"]), load_groups(inputs, ["harm"], config.dpo)
 
     assert len(set(groups.prompt_ids)) == len(groups.prompts) == len(preferences)
     first = preferences[preferences["prompt_id"] == groups.prompt_ids[0].rsplit("/")[0]].iloc[0]

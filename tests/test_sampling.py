@@ -165,7 +165,7 @@ def run_stage(artifacts: SimpleNamespace, name: str, split: str, *, micro_batch:
     out.mkdir()
     inputs = {"policy": artifacts.policy, "data": artifacts.data, "splits": artifacts.splits, **inputs}
     sample_responses(config, inputs, out, Runtime(micro_batch=micro_batch))
-    assert [path.name for path in out.iterdir()] == ["responses.parquet"]
+    assert {path.name for path in out.iterdir()} == {"responses.parquet", "prompt_tokens.parquet"}
     return out / "responses.parquet"
 
 

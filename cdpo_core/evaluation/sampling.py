@@ -28,6 +28,7 @@ from cdpo_core.models.logprobs import (
     response_log_probs_in_chunks,
 )
 from cdpo_core.models.policy import Policy, load_policy
+from cdpo_core.models.prompt_tokens import write_prompt_tokens
 from cdpo_core.randomness import numpy_stream
 
 if TYPE_CHECKING:
@@ -57,8 +58,8 @@ class SampledResponse(NamedTuple):
     """One response.
 
     Attributes:
-        tokens: its tokens, with EOS when it finished.
-        finished: whether it ended by EOS within the allowed length.
+        tokens: its tokens, with the one that ended it when it finished.
+        finished: whether it ended by itself, at any of the policy's ends, within the allowed length.
         log_prob: log-probability of the tokens at temperature 1, in nats, whatever the sampling temperature.
     """
 
@@ -136,7 +137,8 @@ class _Drawing:
 
     def __init__(self, policy: Policy, uniforms: Tensor, temperature: float) -> None:
         count, self.length = uniforms.shape
-        self.uniforms, self.temperature, self.eos_id = uniforms, temperature, policy.eos_id
+        self.uniforms, self.temperature = uniforms, temperature
+        self.end_ids = torch.tensor(policy.end_ids, device=uniforms.device)
         self.tokens = torch.full((count, self.length), policy.pad_id, device=uniforms.device)
         self.log_probs = torch.zeros_like(uniforms)
         self.lengths = torch.full((count,), self.length, device=uniforms.device)
@@ -154,7 +156,7 @@ class _Drawing:
         rows = self.rows[alive]
         self.tokens[rows, position] = chosen[alive, 0]
         self.log_probs[rows, position] = log_probs.gather(1, chosen)[alive, 0].double()
-        ended = rows[chosen[alive, 0] == self.eos_id]
+        ended = rows[torch.isin(chosen[alive, 0], self.end_ids)]
         self.finished[ended] = True
         self.lengths[ended] = position + 1
         return chosen
@@ -211,7 +213,7 @@ def _draw_plain(policy: Policy, prompts: list[Sequence[int]], k: int, drawing: _
 
 
 def sample_responses(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
-    """Stage: draw responses of a policy for the prompts of one split; writes responses.parquet.
+    """Stage: draw responses of a policy for the prompts of one split; writes responses.parquet, prompt_tokens.parquet.
 
     Args:
         config: seed, policy.max_response_tokens, sampling.temperature, split (`pool`: every prompt
@@ -219,7 +221,8 @@ def sample_responses(config: Slice, inputs: Mapping[str, Path], out: Path, runti
         inputs: policy, data (prompts.parquet), splits unless split is `pool`, and, where the policy
             is not the reference itself, reference.
         out: gets responses.parquet: prompt_id, sample, response, tokens, finished, log_prob and
-            ref_log_prob (nats at temperature 1, float64), prompts in the data's order.
+            ref_log_prob (nats at temperature 1, float64), prompts in the data's order; and prompt_tokens.parquet:
+            prompt_id, tokens, what the log-probabilities are conditioned on.
         runtime: device, micro_batch (responses), scratch, progress.
     """
     prompts = _prompts_of(config.split, inputs)
@@ -250,7 +253,9 @@ def sample_responses(config: Slice, inputs: Mapping[str, Path], out: Path, runti
             Chunks(runtime.scratch, "reference"),
             lambda done, total: runtime.progress("reference log-probs", done, total),
         )
-    _write(out / "responses.parquet", policy, prompts["prompt_id"].tolist(), groups, ref_log_probs.ravel())
+    names = prompts["prompt_id"].tolist()
+    _write(out / "responses.parquet", policy, names, groups, ref_log_probs.ravel())
+    write_prompt_tokens(names, prompt_tokens, out)
 
 
 def _prompts_of(split: str, inputs: Mapping[str, Path]) -> pd.DataFrame:

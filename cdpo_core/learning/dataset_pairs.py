@@ -18,6 +18,7 @@ from cdpo_core.chunks import Chunks
 from cdpo_core.evaluation.sampling import DEFAULT_BATCH, RESPONSES_SCHEMA
 from cdpo_core.models.logprobs import response_log_probs_in_chunks
 from cdpo_core.models.policy import load_policy
+from cdpo_core.models.prompt_tokens import write_prompt_tokens
 
 if TYPE_CHECKING:
     from cdpo_core.stages import Runtime, Slice
@@ -30,7 +31,8 @@ def dataset_responses(config: Slice, inputs: Mapping[str, Path], out: Path, runt
         config: policy.{max_prompt_tokens, max_response_tokens, trust_remote_code}.
         inputs: data (preferences, prompts), reference (policy).
         out: gets responses.parquet as `sampling.sample_responses` writes it: the i-th pair of a prompt is its
-            samples 2i and 2i + 1; log_prob and ref_log_prob are both log π_ref (nats, float64).
+            samples 2i and 2i + 1; log_prob and ref_log_prob are both log π_ref (nats, float64); and
+            prompt_tokens.parquet.
         runtime: device, micro_batch (responses), scratch, progress.
     """
     pairs = pd.read_parquet(inputs["data"] / "preferences.parquet", columns=["prompt_id", "response_0", "response_1"])
@@ -55,8 +57,10 @@ def dataset_responses(config: Slice, inputs: Mapping[str, Path], out: Path, runt
         "sample": [2 * int(number) + side for number in numbers for side in (0, 1)],
         "response": flat,
         "tokens": tokens,
-        "finished": [ids[-1] == reference.eos_id for ids in tokens],
+        "finished": [ids[-1] in reference.end_ids for ids in tokens],
         "log_prob": log_probs,
         "ref_log_prob": log_probs,
     }
     pq.write_table(pa.table(columns, schema=RESPONSES_SCHEMA), out / "responses.parquet")
+    written = dict(zip(pairs["prompt_id"], prompts, strict=True))
+    write_prompt_tokens(list(written), list(written.values()), out)

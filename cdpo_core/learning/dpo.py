@@ -24,6 +24,7 @@ from cdpo_core.learning.losses import anchor_loss, soft_dpo_loss
 from cdpo_core.models.checkpoints import saved_dtype, write_json
 from cdpo_core.models.logprobs import response_log_probs
 from cdpo_core.models.policy import Policy, load_policy, merged, save_policy, with_lora
+from cdpo_core.models.prompt_tokens import read_prompt_tokens
 from cdpo_core.randomness import numpy_stream, torch_stream
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def trainable(
     policy = load_policy(
         start, config_policy=config.policy, device=runtime.device, dtype=None if adapted else torch.float32
     )
-    groups = load_groups(policy, inputs, config.names, config.dpo)
+    groups = load_groups(inputs, config.names, config.dpo)
     if adapted:
         policy = with_lora(policy, config.policy.lora_rank, config.seed)
     else:
@@ -114,15 +115,14 @@ class Groups:
     costs: Tensor
 
 
-def load_groups(policy: Policy, inputs: Mapping[str, Path], names: Sequence[str], dpo: Slice) -> Groups:
+def load_groups(inputs: Mapping[str, Path], names: Sequence[str], dpo: Slice) -> Groups:
     """The scored responses that a round learns from, in the order of prompt_id and sample.
 
     With dpo.pairs `samples` a group is a prompt of the policy split with all its responses; with `dataset` it is
     one pair of the data's preferences, samples 2i and 2i + 1 of its prompt.
 
     Args:
-        policy: writes the prompts as tokens.
-        inputs: data, responses, scores, splits.
+        inputs: responses (with the prompts' tokens that the reference's log-probabilities belong to), scores, splits.
         names: the constraints', one cost column each.
         dpo: pairs, responses_per_prompt.
 
@@ -150,7 +150,7 @@ def load_groups(policy: Policy, inputs: Mapping[str, Path], names: Sequence[str]
             fix="raise sampling.reference, lower dpo.responses_per_prompt, or give more prompts",
         )
     count, size = len(sizes), int(sizes.iloc[0])
-    texts = pd.read_parquet(inputs["data"] / "prompts.parquet").set_index("prompt_id")["prompt"]
+    written = read_prompt_tokens(inputs["responses"])
     tokens = [list(map(int, row)) for row in table["tokens"]]
 
     def grid(columns: str | list[str]) -> Tensor:
@@ -159,7 +159,7 @@ def load_groups(policy: Policy, inputs: Mapping[str, Path], names: Sequence[str]
     keys = [name if isinstance(name, str) else "/".join(map(str, name)) for name in sizes.index]
     return Groups(
         prompt_ids=keys,
-        prompts=policy.encode_prompts(texts.loc[sizes.index.get_level_values("prompt_id")].tolist()),
+        prompts=[written[name] for name in sizes.index.get_level_values("prompt_id")],
         responses=[tokens[start : start + size] for start in range(0, len(tokens), size)],
         ref_log_probs=grid("ref_log_prob")[..., 0],
         reward=grid("reward")[..., 0],

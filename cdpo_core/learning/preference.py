@@ -74,7 +74,7 @@ def train_scorers(config: Slice, inputs: Mapping[str, Path], out: Path, runtime:
         config: seed, heads (list of {name, labels}; labels "" is "better", for the reward), base
             (`sft`, `scratch` or `loaded`), train, sign (`harmful`, or `safe` for a ready cost model
             whose larger scores are safer), policy.{max_prompt_tokens, max_response_tokens,
-            trust_remote_code}, reward.{epochs, batch, learning_rate,
+            template_date, trust_remote_code}, reward.{epochs, batch, learning_rate,
             optimizer}.
         inputs: data (prompts, preferences, summary.json), sft (policy), base (model folder) when
             base is `loaded`.
@@ -211,10 +211,12 @@ def _starting_scorer(config: Slice, inputs: Mapping[str, Path]) -> Scorer:
     folder = _base_folder(config, inputs)
     lengths = (config.policy.max_prompt_tokens, config.policy.max_response_tokens)
     trusted = config.policy.trust_remote_code
+    day = config.policy.template_date
     if not config.train:
-        return load_ready_scorer(folder, names, *lengths, flip=config.sign == "safe", trust_remote_code=trusted)
+        flip = config.sign == "safe"
+        return load_ready_scorer(folder, names, *lengths, flip=flip, trust_remote_code=trusted, template_date=day)
     seed = config.seed if config.base == "scratch" else None
-    return new_scorer(folder, names, *lengths, scratch_seed=seed, trust_remote_code=trusted)
+    return new_scorer(folder, names, *lengths, scratch_seed=seed, trust_remote_code=trusted, template_date=day)
 
 
 def _fit(

@@ -23,6 +23,7 @@ from cdpo_core.models.checkpoints import (
     weight_files,
 )
 from cdpo_core.models.logprobs import pad_right
+from cdpo_core.models.text import Frame, TextWriter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,8 +72,10 @@ class BeaverModel(nn.Module):
     def score(self, prompts: Sequence[str], responses: Sequence[str], micro_batch: int = 16) -> Tensor:
         """Scores [N] float32 of single-turn conversations, in the checkpoint's own units."""
         end = str(self.tokenizer.eos_token)
-        texts = [beaver_text([turn], end, ended=self.end_token) for turn in zip(prompts, responses, strict=True)]
-        encoded = self.tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"] if texts else []
+        turns = zip(prompts, responses, strict=True)
+        frames = [conversation_frame(*turn, end if self.end_token else "") for turn in turns]
+        written = TextWriter(self.tokenizer).write(frames, MAX_TOKENS, own_start=True)
+        encoded = [row.tokens for row in written]
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
         device = self.head.weight.device
         scores = torch.zeros(len(encoded), device=device)
@@ -94,6 +97,14 @@ def beaver_text(turns: Sequence[tuple[str, str]], end: str, *, ended: bool) -> s
     text = "BEGINNING OF CONVERSATION: "
     text += end.join(f"USER: {prompt} ASSISTANT:{response}" for prompt, response in turns)
     return text + end if ended else text
+
+
+def conversation_frame(prompt: str, response: str, end: str) -> Frame:
+    """One turn as Beaver models read it, in pieces; `end` follows the answer."""
+    first, second = "\ue001", "\ue002"
+    before, _, rest = beaver_text([(first, second)], end, ended=True).partition(first)
+    middle, _, after = rest.partition(second)
+    return before, prompt, middle, response, after
 
 
 def is_beaver_folder(folder: Path) -> bool:

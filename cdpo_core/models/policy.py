@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,16 @@ from cdpo_core.models.checkpoints import (
     scrub_folder,
     write_json,
 )
+from cdpo_core.models.template_date import freeze_date
+from cdpo_core.models.text import (
+    CHAT,
+    PLAIN,
+    TextWriter,
+    Written,
+    declared_ends,
+    prompt_frames,
+    turn_end,
+)
 from cdpo_core.randomness import stream_seed
 
 if TYPE_CHECKING:
@@ -28,9 +39,7 @@ if TYPE_CHECKING:
     from cdpo_core.config import PolicyConfig
     from cdpo_core.stages import Slice
 
-CHAT = "chat"
-PLAIN = "{prompt}"
-SETTINGS = ("template", "max_prompt_tokens", "max_response_tokens")
+SETTINGS = ("template", "max_prompt_tokens", "max_response_tokens", "template_date")
 # Below this width the fused attention kernels cost more to call than they save.
 EAGER_WIDTH = 256
 
@@ -43,8 +52,10 @@ class Policy:
         model: the model; its weights are trained in place.
         tokenizer: its tokenizer.
         template: text around the prompt with {prompt} in it once, or `chat` for the tokenizer's own.
-        max_prompt_tokens: prompts are cut to this length from the left, BOS included.
-        max_response_tokens: responses are cut to this length, EOS included.
+        max_prompt_tokens: a longer prompt loses its words' left end, never the template around them; BOS included.
+        max_response_tokens: responses are cut to this length, their end included.
+        template_date: the day that a chat template writes which asks for the date; "" if it asks for none.
+        ends: ids at which the model's own generate() stops, beside EOS and the end of a turn.
     """
 
     model: PreTrainedModel
@@ -52,6 +63,8 @@ class Policy:
     template: str
     max_prompt_tokens: int
     max_response_tokens: int
+    template_date: str = ""
+    ends: tuple[int, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -60,8 +73,13 @@ class Policy:
 
     @property
     def eos_id(self) -> int:
-        """The token that ends a response."""
-        return int(self.tokenizer.eos_token_id)
+        """The token that a written response ends with: the chat template's end of a turn, else EOS."""
+        return int(self.tokenizer.eos_token_id) if self._turn_end is None else self._turn_end
+
+    @property
+    def end_ids(self) -> list[int]:
+        """All tokens that end a response when it is sampled, `eos_id` first."""
+        return list(dict.fromkeys([self.eos_id, int(self.tokenizer.eos_token_id), *self.ends]))
 
     @property
     def pad_id(self) -> int:
@@ -70,41 +88,60 @@ class Policy:
         return self.eos_id if pad is None else int(pad)
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Tokens of each prompt within the template: one BOS in front if the tokenizer has one, cut from the left."""
-        texts = [self._rendered(prompt) for prompt in prompts]
-        # Only a template may write special tokens; those in a bare prompt's text are the user's words.
-        tokens = self._tokens(texts, split_special=self.template == PLAIN)
-        bos = self.tokenizer.bos_token_id
-        if bos is None:
-            return [ids[-self.max_prompt_tokens :] for ids in tokens]
-        room = self.max_prompt_tokens - 1
-        bodies = [ids[1:] if ids[:1] == [bos] else ids for ids in tokens]
-        return [[bos, *(body[-room:] if room else [])] for body in bodies]
+        """Tokens of each prompt within the template, BOS as the template or the tokenizer's own call writes it.
+
+        Raises:
+            InputError: a prompt is too long, and max_prompt_tokens leaves no room for any of its words.
+        """
+        return [written.tokens for written in self.write_prompts(prompts)]
+
+    def write_prompts(self, prompts: Sequence[str]) -> list[Written]:
+        """As `encode_prompts`, with what was cut of each."""
+        frames = prompt_frames(self.tokenizer, self.template, prompts)
+        rows = self._writer.write(frames, self.max_prompt_tokens, own_start=self.template != CHAT)
+        for row in rows:
+            if row.cut[0] and not row.words:
+                raise InputError(
+                    f"max_prompt_tokens = {self.max_prompt_tokens} leaves no room for a prompt's words: "
+                    f"the template around them takes {len(row.tokens)} tokens",
+                    where="policy.max_prompt_tokens",
+                    fix=f"set it to {len(row.tokens) + 1} at the least, better to what most prompts need",
+                )
+        # A model cannot begin with nothing.
+        return [row if row.tokens else row._replace(tokens=[self.eos_id]) for row in rows]
 
     def encode_responses(self, responses: Sequence[str]) -> list[list[int]]:
         """Tokens of each response, apart from its prompt so that none merge at the border.
 
-        One EOS at the end, unless the response had to be cut to max_response_tokens.
+        One end at the end, unless the response had to be cut to max_response_tokens.
         """
-        tokens = self._tokens(list(responses), split_special=True)
-        return [[*ids, self.eos_id][: self.max_response_tokens] for ids in tokens]
+        return [[*ids, self.eos_id][: self.max_response_tokens] for ids in self._writer.words(responses)]
+
+    def count_cut(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, int]:
+        """How many of distinct prompts and responses the lengths cut: {prompts, prompts_cut, responses, …_cut}."""
+        asked, said = list(dict.fromkeys(prompts)), list(dict.fromkeys(responses))
+        return {
+            "prompts": len(asked),
+            "prompts_cut": sum(row.cut[0] > 0 for row in self.write_prompts(asked)),
+            "responses": len(said),
+            "responses_cut": sum(len(ids) >= self.max_response_tokens for ids in self._writer.words(said)),
+        }
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of a response's tokens, without special tokens."""
-        text = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """The text of a response's tokens, without its end and without special tokens."""
+        ids = list(tokens)
+        if ids and ids[-1] in self.end_ids:
+            ids = ids[:-1]
+        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
 
-    def _rendered(self, prompt: str) -> str:
-        if self.template != CHAT:
-            return self.template.replace("{prompt}", prompt)
-        message = [{"role": "user", "content": prompt}]
-        return str(self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    @cached_property
+    def _writer(self) -> TextWriter:
+        return TextWriter(self.tokenizer, "" if self.template == CHAT else self.template, self.ends)
 
-    def _tokens(self, texts: list[str], *, split_special: bool) -> list[list[int]]:
-        if not texts:
-            return []
-        encoded = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=split_special)
-        return [list(ids) for ids in encoded["input_ids"]]
+    @cached_property
+    def _turn_end(self) -> int | None:
+        return turn_end(self.tokenizer) if self.template == CHAT else None
 
 
 def new_policy(config: PolicyConfig | Slice, tokenizer: PreTrainedTokenizerBase, seed: int) -> Policy:
@@ -145,7 +182,7 @@ def new_policy(config: PolicyConfig | Slice, tokenizer: PreTrainedTokenizerBase,
         torch.manual_seed(stream_seed(seed, "policy"))
         model = LlamaForCausalLM(architecture)
     model = model.to(getattr(torch, config.dtype)).eval()
-    return _policy(model, tokenizer, {name: getattr(config, name) for name in SETTINGS})
+    return _policy(model, tokenizer, {name: getattr(config, name, "") for name in SETTINGS})
 
 
 def load_policy(
@@ -191,21 +228,25 @@ def load_policy(
         )
     except (OSError, ValueError) as error:
         raise not_loaded(base, error) from error
-    return _policy(model.to(device).eval(), tokenizer, settings)
+    ends = declared_ends(model.generation_config, tokenizer) if model.can_generate() else ()
+    return _policy(model.to(device).eval(), tokenizer, settings, ends)
 
 
 def save_policy(policy: Policy, folder: Path) -> None:
     """Write a policy as a Hugging Face folder with policy.json: equal weights give equal bytes.
 
-    Adapters are merged into the weights first.
+    Adapters are merged into the weights first. Its generation config ends responses where sampling does.
     """
     quiet_transformers()
     policy = merged(policy)
     folder.mkdir(parents=True, exist_ok=True)
+    ends = policy.end_ids
+    if policy.model.generation_config is not None:
+        policy.model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
     policy.model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
     scrub_folder(folder)
-    write_json(folder / "policy.json", {name: getattr(policy, name) for name in SETTINGS})
+    write_json(folder / "policy.json", {name: getattr(policy, name) for name in SETTINGS} | {"ends": ends})
 
 
 def with_lora(policy: Policy, rank: int, seed: int) -> Policy:
@@ -242,6 +283,7 @@ def _settings(base: str | Path, config: PolicyConfig | Slice | None) -> dict[str
     path = Path(base) / "policy.json"
     saved = json.loads(path.read_text()) if path.is_file() else {}
     settings = {name: getattr(config, name, saved.get(name)) for name in SETTINGS}
+    settings["template_date"] = settings["template_date"] or ""
     missing = [name for name, value in settings.items() if value is None]
     if missing:
         raise InputError(
@@ -252,8 +294,24 @@ def _settings(base: str | Path, config: PolicyConfig | Slice | None) -> dict[str
     return settings
 
 
-def _policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]) -> Policy:
-    template = settings["template"]
+def _policy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Mapping[str, Any],
+    ends: tuple[int, ...] = (),
+) -> Policy:
+    day = settings["template_date"] if freeze_date(tokenizer, settings["template_date"]) else ""
+    check_text(tokenizer, settings["template"])
+    return Policy(model, tokenizer, **{**settings, "template_date": day}, ends=ends)
+
+
+def check_text(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """Check that prompts can be written with a template, and that responses end.
+
+    Raises:
+        InputError: the template does not hold {prompt} once, there is no chat template for `chat`, or it ends turns
+            with text; or the tokenizer has no EOS token.
+    """
     if template != CHAT and template.count(PLAIN) != 1:
         raise InputError(
             f"the template {template!r} does not hold {{prompt}} once", where="policy.template", fix="write {prompt}"
@@ -266,4 +324,5 @@ def _policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings
         raise InputError(
             "the tokenizer has no EOS token", where="policy.base", fix="choose a model that can end a text"
         )
-    return Policy(model, tokenizer, **settings)
+    if template == CHAT:
+        turn_end(tokenizer)

@@ -23,6 +23,7 @@ from cdpo_core.models.scorer import (
     load_backbone,
     load_scorer,
 )
+from cdpo_core.models.template_date import freeze_date
 from cdpo_core.randomness import stream_seed
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def new_scorer(
     *,
     scratch_seed: int | None = None,
     trust_remote_code: bool = False,
+    template_date: str = "",
 ) -> Scorer:
     """A scorer to train: the folder's body in float32 with a head of zeros for each name.
 
@@ -47,6 +49,7 @@ def new_scorer(
         max_response_tokens: responses are cut to this length.
         scratch_seed: draw the body's weights anew from this seed's stream; None keeps the folder's.
         trust_remote_code: allow code that comes with the model to run.
+        template_date: the day that a chat template writes which asks for the date; "" leaves it as it is.
 
     Raises:
         InputError: as `load_backbone`.
@@ -56,6 +59,7 @@ def new_scorer(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(scratch_seed, "scorer"))
             backbone = type(backbone)(backbone.config).float().eval()
+    freeze_date(tokenizer, template_date)
     heads = nn.Linear(width(backbone.config), len(names))
     nn.init.zeros_(heads.weight)
     nn.init.zeros_(heads.bias)
@@ -71,6 +75,7 @@ def load_ready_scorer(
     *,
     flip: bool = False,
     trust_remote_code: bool = False,
+    template_date: str = "",
 ) -> Scorer:
     """A ready reward or cost model: a scorer of this project's, a Beaver model, or a one-label classifier.
 
@@ -81,6 +86,7 @@ def load_ready_scorer(
         max_response_tokens: see max_prompt_tokens.
         flip: a larger score means what a smaller one should.
         trust_remote_code: allow code that comes with the model to run.
+        template_date: the day that a chat template writes which asks for the date; "" leaves it as it is.
 
     Raises:
         InputError: as `check_ready_scorer`, or its weights cannot be loaded.
@@ -92,6 +98,7 @@ def load_ready_scorer(
         scorer = _from_beaver(folder, names)
     else:
         scorer = _from_classifier(folder, names, max_prompt_tokens, max_response_tokens, trust_remote_code)
+    freeze_date(scorer.tokenizer, template_date)
     if flip:
         scorer.scale.neg_()
         scorer.shift.neg_()

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -28,11 +28,14 @@ from cdpo_core.models.checkpoints import (
 )
 from cdpo_core.models.logprobs import has_expandable_cache, pad_right
 from cdpo_core.models.policy import EAGER_WIDTH, Policy, width
-from cdpo_core.models.scorer_text import EncodedText, encode_chats, encode_conversations, encode_pairs
+from cdpo_core.models.scorer_text import Encoded, EncodedText, encode_chats, encode_conversations, encode_pairs
+from cdpo_core.models.text import TextWriter
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 HEADS_FILE, SCORER_FILE = "heads.safetensors", "scorer.json"
 # Most tokens (padding included) of one forward pass without gradient when no micro-batch is given.
@@ -48,7 +51,7 @@ class ScorerText:
             `chat` by the tokenizer's chat template, `pair` as the tokenizer's sentence pair.
         template: of the `policy` form.
         max_prompt_tokens: prompts are cut to this length from the left (`policy`).
-        max_response_tokens: responses are cut to this length; other forms cut both to the sum.
+        max_response_tokens: responses are cut to this length; other forms cut both to the sum, the prompt first.
     """
 
     form: Literal["policy", "beaver", "chat", "pair"]
@@ -99,17 +102,27 @@ class Scorer(nn.Module):
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[EncodedText]:
         """Tokens of each (prompt, response): the part that belongs to the prompt alone, and the rest."""
+        return self.encode_counted(prompts, responses).texts
+
+    def encode_counted(self, prompts: Sequence[str], responses: Sequence[str]) -> Encoded:
+        """As `encode`, with how many of the texts were cut."""
         if self.text.form == "policy":
-            firsts = _each_once(self.writer.encode_prompts, prompts)
+            firsts = _each_once(self.writer.write_prompts, prompts)
             seconds = _each_once(self.writer.encode_responses, responses)
-            return [(firsts[prompt], seconds[text]) for prompt, text in zip(prompts, responses, strict=True)]
+            texts = [
+                (tuple(firsts[prompt].tokens), tuple(seconds[text]))
+                for prompt, text in zip(prompts, responses, strict=True)
+            ]
+            early = sum(firsts[prompt].cut[0] > 0 for prompt in prompts)
+            return Encoded(texts, early, sum(seconds[text][-1] != self.writer.eos_id for text in responses))
+        writer = TextWriter(self.tokenizer)
         if self.text.form == "beaver":
-            return encode_conversations(self.tokenizer, prompts, responses)
+            return encode_conversations(writer, prompts, responses)
         room = self.text.max_prompt_tokens + self.text.max_response_tokens
         limit = min(room, getattr(self.backbone.config, "max_position_embeddings", room))
         if self.text.form == "chat":
-            return encode_chats(self.tokenizer, prompts, responses, limit)
-        return encode_pairs(self.tokenizer, prompts, responses, limit)
+            return encode_chats(writer, prompts, responses, limit)
+        return encode_pairs(writer, prompts, responses, limit)
 
     def forward(self, texts: Sequence[EncodedText]) -> Tensor:
         """Raw scores [N, heads] float32 of encoded texts, differentiable, before calibration.
@@ -123,7 +136,6 @@ class Scorer(nn.Module):
         """Raw scores [..., heads] in calibrated units, float64."""
         return raw.double() * self.scale + self.shift
 
-    @torch.no_grad()
     def score(
         self,
         prompts: Sequence[str],
@@ -132,6 +144,18 @@ class Scorer(nn.Module):
         progress: Callable[[int, int], None] | None = None,
         chunks: Chunks = NOTHING_KEPT,
     ) -> Tensor:
+        """The scores that `score_counted` gives."""
+        return self.score_counted(prompts, responses, micro_batch, progress, chunks)[0]
+
+    @torch.no_grad()
+    def score_counted(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        micro_batch: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+        chunks: Chunks = NOTHING_KEPT,
+    ) -> tuple[Tensor, dict[str, int]]:
         """Calibrated scores [N, heads] float64 on the CPU of N texts; equal texts are read once.
 
         Args:
@@ -140,10 +164,14 @@ class Scorer(nn.Module):
             micro_batch: most texts in one forward pass; 0 fills a fixed number of tokens.
             progress: called with (texts done, distinct texts).
             chunks: where finished batches are kept and found again.
+
+        Returns:
+            The scores, and {texts, prompts_cut, responses_cut}: the distinct texts and how many of them were cut.
         """
         places: dict[tuple[str, str], int] = {}
         inverse = [places.setdefault(pair, len(places)) for pair in zip(prompts, responses, strict=True)]
-        texts = self.encode([prompt for prompt, _ in places], [response for _, response in places])
+        encoded = self.encode_counted([prompt for prompt, _ in places], [response for _, response in places])
+        texts = encoded.texts
         scores = torch.zeros(len(texts), len(self.names), dtype=torch.float64)
         # A prompt's texts stay together and share its pass; like lengths leave little to pad.
         order = sorted(range(len(texts)), key=lambda i: (len(texts[i][0]), texts[i][0], len(texts[i][1])))
@@ -159,7 +187,8 @@ class Scorer(nn.Module):
 
         for batch, arrays in zip(batches, chunks.compute(batches, scored, report), strict=True):
             scores[batch] = torch.from_numpy(arrays["scores"])
-        return scores[inverse]
+        cut = {"prompts_cut": encoded.prompts_cut, "responses_cut": encoded.responses_cut}
+        return scores[inverse], {"texts": len(texts), **cut}
 
     def _shared_prompt_hidden(self, texts: Sequence[EncodedText]) -> Tensor:
         """Last hidden state [N, H]: the distinct prompts once, their keys and values for every response."""
@@ -198,10 +227,10 @@ class Scorer(nn.Module):
         return output.last_hidden_state[torch.arange(len(texts), device=device), lengths - 1]
 
 
-def _each_once(encode: Callable[[list[str]], list[list[int]]], texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Tokens of each distinct text; prompts, and on small grammars responses, come many times."""
+def _each_once(encode: Callable[[list[str]], list[T]], texts: Sequence[str]) -> dict[str, T]:
+    """Each distinct text as tokens; prompts, and on small grammars responses, come many times."""
     distinct = list(dict.fromkeys(texts))
-    return {text: tuple(tokens) for text, tokens in zip(distinct, encode(distinct), strict=True)}
+    return dict(zip(distinct, encode(distinct), strict=True))
 
 
 def _batches(order: Sequence[int], texts: Sequence[EncodedText], micro_batch: int) -> list[list[int]]:
