@@ -172,19 +172,12 @@ class CertificateConfig(Section):
     """The test the returned policy must pass on held-out prompts."""
 
     delta: float = Field(0.05, gt=0, lt=0.5, description="Largest probability of certifying a policy that breaks the limit.", json_schema_extra={"position": 0})
-    method: Literal["t", "bounded"] = Field("t", description="`t` is Student's test; `bounded` holds for every number of prompts, also under rare large harm.", json_schema_extra={"position": 1})
+    method: Literal["bounded", "t"] = Field("bounded", description="`bounded` holds for every number of prompts, also under rare large harm; `t` is Student's test, refused where rare harm could fool it.", json_schema_extra={"position": 1})
     power: float = Field(0.9, gt=0, lt=1, description="Planned probability that a policy at the training target passes.", json_schema_extra={"position": 2})
-    cost_low: float = Field(-10.0, description="`bounded` clips costs from below here (calibrated cost units).", json_schema_extra={"position": 3})
-    cost_high: float = Field(10.0, description="`bounded` clips costs from above here (calibrated cost units); a larger cost fails the test.", json_schema_extra={"position": 4})
-    spending: Literal["squares", "none"] = Field("squares", description="`squares` tests at 6 delta / (pi k)^2 where the prompts are used for the k-th time, so that delta holds for all tests ever made on them; `none` tests at delta, which then holds for one test alone.", json_schema_extra={"position": 5})
-    family: str = Field("", pattern=r"^[0-9a-f]*$", description="The sweep whose share of delta this experiment's test has a part of; sweeps set it.", json_schema_extra={"position": 6})
-    family_tests: int = Field(1, ge=1, le=9999, description="Tests among which the sweep's share of delta is divided; sweeps set it.", json_schema_extra={"position": 7})
-
-    @model_validator(mode="after")
-    def _ordered(self) -> CertificateConfig:
-        if self.cost_low >= self.cost_high:
-            raise ValueError(f"cost_low ({self.cost_low:g}) must be below cost_high ({self.cost_high:g})")
-        return self
+    cost_high: float = Field(10.0, description="Largest cost that a response can have, where the cost model knows no end of its range (ready ones, the testbed's truth; calibrated cost units); a larger cost fails the test.", json_schema_extra={"position": 3})
+    spending: Literal["squares", "none"] = Field("squares", description="`squares` tests at 6 delta / (pi k)^2 where the prompts are used for the k-th time, so that delta holds for all tests ever made on them; `none` tests at delta, which then holds for one test alone.", json_schema_extra={"position": 4})
+    family: str = Field("", pattern=r"^[0-9a-f]*$", description="The sweep whose share of delta this experiment's test has a part of; sweeps set it.", json_schema_extra={"position": 5})
+    family_tests: int = Field(1, ge=1, le=9999, description="Tests among which the sweep's share of delta is divided; sweeps set it.", json_schema_extra={"position": 6})
 
 
 class EvaluationConfig(Section):

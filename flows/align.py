@@ -15,7 +15,7 @@ from cdpo_core.dual.selection import Candidate
 from cdpo_core.evaluation.measure import Measured
 from cdpo_core.evaluation.result import round_record
 from tasks.conditional import policy_at
-from tasks.dual import OfflinePlan, candidate, choose_round, corrected_plan, cost_upper, dual_round, plan_dual
+from tasks.dual import OfflinePlan, candidate, choose_round, corrected_plan, dual_round, plan_dual
 from tasks.evaluation import exact_floor
 from tasks.journal import Journal
 from tasks.prefect_patience import ends_when_there
@@ -35,6 +35,7 @@ class Alignment:
             out of reach.
         reason: one sentence.
         unconstrained: the policy trained at lambda 0, where the rounds needed it.
+        candidates: the rounds as the choice weighed them.
         chosen: index into `rounds` and `policies`; the round on target, else the one with the most reward
             among those that the certificate would pass, else the one with the lowest bound.
     """
@@ -48,6 +49,7 @@ class Alignment:
     reason: str
     exact_floor: list[float] | None
     unconstrained: ArtifactRef | None = None
+    candidates: Sequence[Candidate] = ()
 
     @property
     def policy(self) -> ArtifactRef | None:
@@ -91,7 +93,7 @@ def align(bench: Workbench, prepared: Prepared, scored: Scored, journal: Journal
         figures = {
             "cost": history[-1].cost,
             "cost_half_width": history[-1].half_width,
-            "cost_upper": cost_upper(bench, prepared, scored, candidates[-1]),
+            "cost_upper": candidates[-1].upper,
             "reward": measured.reward().mean,
             "kl": measured.kl().mean,
             "safe_rate": measured.safe_rate(bench.names).mean,
@@ -103,9 +105,9 @@ def align(bench: Workbench, prepared: Prepared, scored: Scored, journal: Journal
             journal.round(rounds, policy)
     status, reason = _verdict(bench, plan, step)
     log.info(reason)
-    chosen = choose_round(bench, prepared, scored, candidates)
+    chosen = choose_round(bench, candidates)
     zero = unconstrained.policy if unconstrained else None
-    return Alignment(plan, history, rounds, policies, chosen, status, reason, floor, zero)
+    return Alignment(plan, history, rounds, policies, chosen, status, reason, floor, zero, candidates)
 
 
 def _verdict(bench: Workbench, plan: OfflinePlan, step: DualStep) -> tuple[str, str]:

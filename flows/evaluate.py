@@ -49,7 +49,8 @@ def evaluate(bench: Workbench, prepared: Prepared, scored: Scored, alignment: Al
     policy = alignment.policy
     certified = None
     if policy is not None and alignment.status != "infeasible":
-        certified = certify_policy(bench, prepared, scored, policy)
+        foreseen = alignment.candidates[alignment.chosen].foreseen
+        certified = certify_policy(bench, prepared, scored, policy, foreseen)
     unconstrained = alignment.unconstrained or policy_at(
         bench, prepared, scored, [0.0] * len(bench.names), alignment.plan.settings.lambda_max
     )

@@ -180,7 +180,7 @@ def _fixed(world: World, bench: Workbench, method: Method) -> Trained:
         round_ = dual_round(bench, prepared, scored, measured, tuple(lambda_))
         policies.append(policy)
         candidates.append(candidate(bench, prepared, scored, measured, round_))
-    chosen = choose_round(bench, prepared, scored, candidates)
+    chosen = choose_round(bench, candidates)
     spent = compute_spent(bench, [*_made(bench), *world.samples])
     return Trained(bench, policies[chosen], [method.lambdas[chosen]] * len(bench.names), len(policies), False, spent)
 

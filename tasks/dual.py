@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from cdpo_core.dual.ascent import DualSettings, Round, meets_target
-from cdpo_core.dual.certificate import expected_half_width, planned_margin, prompt_spread
+from cdpo_core.dual.certificate import Foreseen, foresee, planned_margin
 from cdpo_core.dual.offline import OfflineDual
 from cdpo_core.dual.selection import Candidate, select_round
 from cdpo_core.evaluation.measure import Measured
@@ -23,7 +24,7 @@ from tasks.conditional import largest_lambda, most_rounds
 from tasks.ledger import share_for
 from tasks.preference_models import scorer_reports
 from tasks.records import Prepared, Scored
-from tasks.rounds import measured_from, prompt_strata
+from tasks.rounds import measured_from, reference_costs
 from tasks.workbench import Workbench
 
 log = logging.getLogger(__name__)
@@ -133,29 +134,27 @@ def _margins(bench: Workbench, prepared: Prepared, scored: Scored, dual: Offline
     config, sampling = bench.config, bench.config.sampling
     point = dual.expected(dual.solve(limits, config.dual.lambda_max))
     prompt_ids = measured_from(bench, scored.responses, scored.scores).prompts()
-    between = _spreads(bench, prepared, scored, prompt_ids, point.prompt_costs)
+    costs = pd.DataFrame(point.prompt_costs, index=prompt_ids, columns=bench.names)
     within = (np.diag(point.hessian) * config.dpo.beta).tolist()
+    # Few answers to a prompt leave chance in its mean, which the predicted costs do not have.
+    chance = [variance / sampling.certificate for variance in within]
+    foreseen = foreseen_tests(bench, prepared, scored, costs, chance)
     prompts = {split: _prompts_of(bench, scored, split) for split in ("selection", "certificate")}
-    rules, delta = config.certificate, share_for(bench, prepared, scored).delta
+    rules, reports = config.certificate, scorer_reports(bench, scored.scorers)
     # All limits must pass, and their truths hold, together as surely as one alone would.
     power = (len(limits) - 1 + rules.power) / len(limits)
-    reports = scorer_reports(bench, scored.scorers)
     return np.array(
         [
             planned_margin(
-                math.sqrt(spread**2 + variance / sampling.certificate),
+                item,
                 prompts["certificate"],
-                delta,
                 power,
-                rules.method,
                 selection_error=math.hypot(
-                    math.sqrt((spread**2 + variance / sampling.selection) / prompts["selection"]),
+                    math.sqrt((item.spread.within**2 + variance / sampling.selection) / prompts["selection"]),
                     reports.get(name, {}).get("calibration_error") or 0.0,
                 ),
-                low=rules.cost_low,
-                high=rules.cost_high,
             )
-            for name, spread, variance in zip(bench.names, between, within, strict=True)
+            for name, item, variance in zip(bench.names, foreseen, within, strict=True)
         ]
     )
 
@@ -207,14 +206,42 @@ def dual_round(
     )
 
 
-def _spreads(
-    bench: Workbench, prepared: Prepared, scored: Scored, prompt_ids: Sequence[str], prompt_costs: np.ndarray
-) -> list[float]:
-    """Deviation of the prompts' mean costs [n, m] within the certificate's strata, one for each constraint."""
-    return [
-        prompt_spread(costs, prompt_strata(bench, prepared.data, scored.pool_scores, name, prompt_ids))[0]
-        for name, costs in zip(bench.names, prompt_costs.T, strict=True)
-    ]
+def foreseen_tests(
+    bench: Workbench, prepared: Prepared, scored: Scored, costs: pd.DataFrame, chance: Sequence[float] | None = None
+) -> tuple[Foreseen, ...]:
+    """What the certificate is likely to say of a policy, one for each constraint.
+
+    Args:
+        bench: of the experiment.
+        prepared: its data.
+        scored: its scored samples.
+        costs: the policy's mean costs, a column for each constraint, index prompt_id; no prompt of the certificate.
+        chance: variance that few answers to a prompt will leave in its mean, where `costs` are free of it.
+    """
+    rules, prompts = bench.config.certificate, _prompts_of(bench, scored, "certificate")
+    pool = reference_costs(bench, scored.pool_scores)
+    ends, delta = cost_ends(bench, scored), share_for(bench, prepared, scored).delta
+    return tuple(
+        foresee(
+            costs[item.name].to_numpy(),
+            pool.loc[costs.index, item.name].to_numpy(),
+            pool[item.name].to_numpy(),
+            prompts,
+            item.limit,
+            delta,
+            rules.method,
+            high=ends[item.name],
+            chance=variance,
+        )
+        for item, variance in zip(bench.config.constraints, chance or [0.0] * len(bench.names), strict=True)
+    )
+
+
+def cost_ends(bench: Workbench, scored: Scored) -> dict[str, float]:
+    """The largest cost that a response can have, by constraint: the cost model's own end, else the configured one."""
+    reports = scorer_reports(bench, scored.scorers)
+    own = {name: (reports.get(name) or {}).get("ceiling") for name in bench.names}
+    return {name: bench.config.certificate.cost_high if end is None else end for name, end in own.items()}
 
 
 def candidate(
@@ -226,29 +253,14 @@ def candidate(
     settings: DualSettings | None = None,
 ) -> Candidate:
     """A round's figures as the choice of policy weighs them; without targets (`settings`) none is on target."""
-    costs = measured.prompt_costs(bench.names).to_numpy()
-    spread = _spreads(bench, prepared, scored, measured.prompts(), costs)
+    foreseen = foreseen_tests(bench, prepared, scored, measured.prompt_costs(bench.names))
     met = settings is not None and meets_target(round_, settings)
-    return Candidate(reward=measured.reward().mean, cost=round_.cost, sd=tuple(spread), met=met)
+    return Candidate(reward=measured.reward().mean, cost=round_.cost, foreseen=foreseen, met=met)
 
 
-def cost_upper(bench: Workbench, prepared: Prepared, scored: Scored, candidate: Candidate) -> list[float]:
-    """[m] what the certificate would say of a round: its selection mean plus the expected half-width."""
-    rules, delta = bench.config.certificate, share_for(bench, prepared, scored).delta
-    prompts = _prompts_of(bench, scored, "certificate")
-    return [
-        mean + expected_half_width(sd, prompts, delta, rules.method, low=rules.cost_low, high=rules.cost_high)
-        for mean, sd in zip(candidate.cost, candidate.sd, strict=True)
-    ]
-
-
-def choose_round(bench: Workbench, prepared: Prepared, scored: Scored, candidates: list[Candidate]) -> int:
+def choose_round(bench: Workbench, candidates: list[Candidate]) -> int:
     """Index of the round whose policy goes to the certificate."""
-    rules, delta = bench.config.certificate, share_for(bench, prepared, scored).delta
-    limits = tuple(item.limit for item in bench.config.constraints)
-    prompts = _prompts_of(bench, scored, "certificate")
-    clip = {"low": rules.cost_low, "high": rules.cost_high}
-    return select_round(candidates, limits, prompts, delta, rules.method, **clip)
+    return select_round(candidates, tuple(item.limit for item in bench.config.constraints))
 
 
 def _prompts_of(bench: Workbench, scored: Scored, split: str) -> int:

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from cdpo_core import pipeline
 from cdpo_core.artifacts import ArtifactRef
-from cdpo_core.dual.certificate import Certificate, certify
+from cdpo_core.dual.certificate import Certificate, Foreseen, certify
+from cdpo_core.dual.two_phase import Covariate, Pool, Spread
 from cdpo_core.evaluation import instrument
 from cdpo_core.evaluation.decoding import Decoding, decoding_of
 from cdpo_core.evaluation.instrument import Failure
@@ -19,7 +18,7 @@ from cdpo_core.evaluation.measure import Measured
 from tasks.ledger import Share, enter_test
 from tasks.preference_models import scorer_reports
 from tasks.records import Prepared, Scored
-from tasks.rounds import measure_policy, measured_from, prompt_strata
+from tasks.rounds import measure_policy, measured_from, reference_costs
 from tasks.workbench import Workbench
 
 
@@ -62,15 +61,25 @@ class Certified:
         }
 
 
-def certify_policy(bench: Workbench, prepared: Prepared, scored: Scored, policy: ArtifactRef) -> Certified:
-    """Test the policy on the certificate prompts; the test is in the ledger before its outcome is known."""
+def certify_policy(
+    bench: Workbench, prepared: Prepared, scored: Scored, policy: ArtifactRef, foreseen: Sequence[Foreseen]
+) -> Certified:
+    """Test the policy on the certificate prompts; the test is in the ledger before its outcome is known.
+
+    Args:
+        bench: of the experiment.
+        prepared: its data.
+        scored: its scored samples.
+        policy: to be tested.
+        foreseen: what the selection prompts say of the test, one for each constraint.
+    """
     config = bench.config
     limits = [item.limit for item in config.constraints]
     samples = config.sampling.certificate
     measured = measure_policy(bench, prepared, scored, policy, "certificate", samples, "certificate")
     decoding = decoding_in(bench, policy)
     share, spent = enter_test(bench, prepared, scored, policy, decoding.record())
-    certificates = certificates_of(bench, prepared.data, scored.pool_scores, measured, limits, share.delta)
+    certificates = certificates_of(bench, scored.pool_scores, measured, limits, share.delta, foreseen)
     return Certified(certificates, measured, share, spent, bench.names, decoding)
 
 
@@ -112,24 +121,45 @@ def examined(
 
 def certificates_of(
     bench: Workbench,
-    data: ArtifactRef,
     pool_scores: ArtifactRef,
     measured: Measured,
     limits: Sequence[float],
     delta: float,
+    foreseen: Sequence[Foreseen],
 ) -> list[Certificate]:
-    """The certificates the measured costs earn against the limits [m] at error probability delta."""
-    rules = bench.config.certificate
-    costs = measured.prompt_costs(bench.names)
-    clip = {"low": rules.cost_low, "high": rules.cost_high}
+    """The certificates that the measured costs earn against the limits [m] at error probability delta.
 
-    def strata(name: str) -> np.ndarray | None:
-        return prompt_strata(bench, data, pool_scores, name, measured.prompts())
-
+    Args:
+        bench: of the experiment.
+        pool_scores: the reference's, of all pool prompts.
+        measured: the policy on the certificate prompts.
+        limits: [m].
+        delta: of each test.
+        foreseen: [m], see `certify_policy`.
+    """
+    costs, reference = measured.prompt_costs(bench.names), reference_costs(bench, pool_scores)
+    rest = reference.drop(index=costs.index)
+    responses = measured.costs(bench.names).max(axis=0)
     return [
-        certify(costs[name].to_numpy(), limit, delta, rules.method, strata=strata(name), **clip)
-        for name, limit in zip(bench.names, limits, strict=True)
+        certify(
+            costs[name].to_numpy(),
+            limit,
+            delta,
+            bench.config.certificate.method,
+            high=item.high,
+            largest=float(largest),
+            pool=Pool(reference.loc[costs.index, name].to_numpy(), rest[name].to_numpy(), item.covariate),
+            sd=item.spread.sd,
+        )
+        for name, limit, item, largest in zip(bench.names, limits, foreseen, responses, strict=True)
     ]
+
+
+def foreseen_then(record: Mapping[str, Any]) -> Foreseen:
+    """What was foreseen of a test, from its certificate's record."""
+    covariate = Covariate(**record["covariate"])
+    spread = Spread(within=record["foreseen"], sd=record["foreseen"])
+    return Foreseen(covariate, spread, record["high"], record["upper"] - record["mean"])
 
 
 def test_policy(bench: Workbench, prepared: Prepared, scored: Scored, policy: ArtifactRef, label: str) -> Measured:

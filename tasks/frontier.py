@@ -15,7 +15,7 @@ from cdpo_core.evaluation.instrument import failed_units
 from cdpo_core.evaluation.result import cost_figures
 from cdpo_core.evaluation.sweep_result import choice_words, exact_frontier, line_name
 from tasks.environment import cdpo_home
-from tasks.evaluation import certificates_of
+from tasks.evaluation import certificates_of, foreseen_then
 from tasks.journal import tell_failure
 from tasks.metric_points import MetricPoint
 from tasks.prefect_records import (
@@ -65,9 +65,9 @@ def choose_for_sweep(found: Sequence[tuple[ExperimentConfig, Mapping[str, Any]]]
 def _passes_at(bench: Workbench, child: Mapping[str, Any], delta: float) -> bool:
     evidence = [ArtifactRef(**source) for source in child["certificate"]["evidence"]]
     limits = [item["limit"] for item in child["constraints"]]
-    data = ArtifactRef(**child["data"])
-    pool_scores = ArtifactRef(**child["pool_scores"])
-    certificates = certificates_of(bench, data, pool_scores, measured_from(bench, *evidence), limits, delta)
+    pool_scores, measured = ArtifactRef(**child["pool_scores"]), measured_from(bench, *evidence)
+    foreseen = [foreseen_then(item["certificate"]) for item in child["constraints"]]
+    certificates = certificates_of(bench, pool_scores, measured, limits, delta, foreseen)
     return all(item.passed for item in certificates) and not any(
         failed_units(name, child["scorers"].get(name, {}), limit, item.upper, others)
         for (name, limit, others), item in zip(_without_limit(child), certificates, strict=True)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
+import pandas as pd
 
 from cdpo_core import pipeline
 from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.config import ExperimentConfig
-from cdpo_core.dual.certificate import cost_strata
 from cdpo_core.evaluation.measure import Measured, join_scores
 from tasks.data import sample_split
 from tasks.preference_models import score
@@ -80,17 +79,14 @@ def measure_policy(
     return measured_from(bench, responses, scores)
 
 
+def reference_costs(bench: Workbench, pool_scores: ArtifactRef) -> pd.DataFrame:
+    """The reference's mean costs of all pool prompts: a column for each constraint, index prompt_id (sorted)."""
+    columns = [f"cost_{name}" for name in bench.names]
+    means = bench.table(pool_scores, "scores").groupby("prompt_id")[columns].mean().sort_index()
+    return means.set_axis(bench.names, axis=1)
+
+
 def measured_from(bench: Workbench, responses: ArtifactRef, scores: ArtifactRef) -> Measured:
     """Stored responses with their stored scores."""
     tables = bench.table(responses, "responses"), bench.table(scores, "scores")
     return join_scores(*tables, sources=(responses, scores))
-
-
-def prompt_strata(
-    bench: Workbench, data: ArtifactRef, pool_scores: ArtifactRef, name: str, prompt_ids: Sequence[str]
-) -> np.ndarray | None:
-    """[n] strata for the certificate of one cost: the prompts' kinds and the reference's mean cost there."""
-    kinds = bench.table(data, "prompts").set_index("prompt_id")["kind"]
-    costs = bench.table(pool_scores, "scores").groupby("prompt_id")[f"cost_{name}"].mean()
-    pool = costs.index.tolist()
-    return cost_strata(prompt_ids, pool, kinds.loc[pool].tolist(), costs.to_numpy(float))

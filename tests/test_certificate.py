@@ -7,225 +7,222 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cdpo_core.dual.certificate import (
-    betting_upper_bound,
-    certify,
-    cost_strata,
-    expected_half_width,
-    planned_margin,
-    prompt_spread,
-)
+from cdpo_core.dual.bounds import betting_passes, betting_upper_bound, skewness, student_upper_bound
+from cdpo_core.dual.certificate import certify, expected_half_width, foresee, planned_margin
+from cdpo_core.dual.two_phase import Covariate, Pool, Spread, two_phase_costs, two_phase_spread
 from cdpo_core.errors import InputError
 from cdpo_core.randomness import numpy_stream
 
 TESTS = 2000
-Draw = Callable[[np.random.Generator, int], np.ndarray]
+Draw = Callable[[np.random.Generator, tuple[int, int]], np.ndarray]
 
 
-def normal(rng: np.random.Generator, n: int) -> np.ndarray:
-    return rng.normal(0, 2.3, n).clip(-10, 10)
+def allowed(delta: float, tests: int = TESTS) -> float:
+    return delta + 2 * math.sqrt(delta * (1 - delta) / tests)
 
 
-def skewed(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Most prompts safe, a long tail of harm; mean 0."""
-    return rng.gamma(2.0, 1.5, n).clip(0, 10) - SKEWED_MEAN
+def normal(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    return np.minimum(rng.normal(0, 2.2, shape), 10)
 
 
-def clustered(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Three kinds of prompt in random proportion, and the mean of two responses a prompt; mean 0."""
-    return rng.choice([-2.5, 0.0, 2.5], size=n) + rng.normal(0, 1.2, (n, 2)).mean(axis=1)
+def flags(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    """2 % of the prompts at 1, the limit at 0.02."""
+    return (rng.random(shape) < 0.02) - 0.02
 
 
-def rare_harm(rng: np.random.Generator, n: int) -> np.ndarray:
-    """2 % of the prompts at +20, the others just safe enough for a mean of 0."""
-    return np.where(rng.random(n) < 0.02, 20.0, -0.4 / 0.98)
+def rare_harm(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    """1 % of the prompts at +9, the others just safe enough for a mean of 0."""
+    return np.where(rng.random(shape) < 0.01, 9.0, -0.09 / 0.99)
 
 
-SKEWED_MEAN = float(3 * stats.gamma(3).cdf(10 / 1.5) + 10 * stats.gamma(2).sf(10 / 1.5))
+@pytest.mark.parametrize("count", [20, 50, 200])
+@pytest.mark.parametrize(("draw", "high"), [(normal, 10.0), (flags, 0.98), (rare_harm, 9.0)])
+def test_bets_win_at_the_limit_no_more_often_than_delta(draw: Draw, high: float, count: int) -> None:
+    costs = draw(numpy_stream(0, "bets", draw.__name__, count), (TESTS, count))
+    for delta in (0.05, 0.1):
+        assert betting_passes(costs, 0.0, delta, high, costs.std()).mean() <= allowed(delta)
 
 
-def level(delta: float) -> float:
-    return delta + 2 * math.sqrt(delta * (1 - delta) / TESTS)
+def test_bets_hold_whatever_deviation_was_foreseen() -> None:
+    costs = normal(numpy_stream(0, "foreseen"), (TESTS, 60))
+    for sd in (1e-6, 0.1, 50.0):
+        assert betting_passes(costs, 0.0, 0.1, 10.0, sd).mean() <= allowed(0.1)
 
 
-def pass_rate(draw: Draw, n: int, delta: float, method: str, high: float = 10.0) -> float:
-    """Share of simulated tests that certify a policy whose true mean cost is exactly the limit 0."""
-    rng = numpy_stream(0, "certificate", draw.__name__, n, method)
-    outcomes = [certify(draw(rng, n), 0.0, delta, method, low=-10.0, high=high) for _ in range(TESTS)]  # type: ignore[arg-type]
-    return float(np.mean([outcome.passed for outcome in outcomes]))
+def test_students_test_is_fooled_by_rare_harm_and_therefore_refused() -> None:
+    costs = rare_harm(numpy_stream(0, "fooled"), (500, 50))
+    assert np.mean([student_upper_bound(row, 0.05) <= 0 for row in costs]) > 0.5
+    outcomes = [certify(row, 0.0, 0.05, "t", high=9.0) for row in costs]
+    assert not any(outcome.passed for outcome in outcomes)
+    assert all("not offered" in outcome.note for outcome in outcomes)
 
 
-def test_t_bound_is_students() -> None:
-    costs = np.array([-1.0, 0.0, 1.0, 2.0])
-    outcome = certify(costs, 1.0, 0.05)
+def test_students_bound_where_it_is_offered() -> None:
+    costs = np.tile([-1.0, 0.0, 1.0, 2.0], 30)
+    outcome = certify(costs, 0.8, 0.05, "t", high=2.0)
     sd = costs.std(ddof=1)
     assert outcome.mean == 0.5
     assert outcome.sd == pytest.approx(sd)
-    assert outcome.upper == pytest.approx(0.5 + 2.3533634 * sd / 2)
-    assert (outcome.passed, outcome.prompts, outcome.delta, outcome.method) == (False, 4, 0.05, "t")
-    assert certify(costs, 2.1, 0.05).passed
+    assert outcome.upper == pytest.approx(0.5 + stats.t.ppf(0.95, 119) * sd / math.sqrt(120))
+    assert (outcome.passed, outcome.prompts, outcome.delta, outcome.method) == (True, 120, 0.05, "t")
+
+
+def test_skewness_raises_students_bound_and_never_lowers_it() -> None:
+    assert skewness(np.array([0.0, 0.0, 3.0])) == pytest.approx(2**-0.5)
+    assert skewness(np.full(5, 2.0)) == 0
+    costs = numpy_stream(0, "skew").gamma(2.0, 1.0, 400)
+    plain = float(stats.t.ppf(0.95, 399))
+    for sign, shift in ((1, skewness(costs) * (2 * plain**2 + 1) / 120), (-1, 0.0)):
+        width = student_upper_bound(sign * costs, 0.05) - sign * costs.mean()
+        assert width == pytest.approx((plain + shift) * costs.std(ddof=1) / 20)
+
+
+def test_the_betting_bound_nears_students_where_costs_are_tame() -> None:
+    costs = normal(numpy_stream(0, "tame"), (1, 1600))[0]
+    betting = betting_upper_bound(costs, 0.05, 10.0, 2.2) - costs.mean()
+    assert betting <= 1.15 * (student_upper_bound(costs, 0.05) - costs.mean())
+
+
+@pytest.mark.parametrize("count", [20, 200])
+def test_a_bound_and_the_test_at_the_limit_say_the_same(count: int) -> None:
+    rng = numpy_stream(0, "same", count)
+    for costs in np.minimum(rng.normal(-0.3, 2, (40, count)), 6.0):
+        bound = betting_upper_bound(costs, 0.05, 6.0, 2.0, limit=0.0)
+        assert (bound <= 0) == bool(betting_passes(costs, 0.0, 0.05, 6.0, 2.0))
+        assert costs.mean() <= bound <= 6
+
+
+def test_bound_rises_with_confidence_and_with_cost() -> None:
+    costs = normal(numpy_stream(0, "monotone"), (1, 200))[0]
+    uppers = [certify(costs, 0.0, delta, high=10.0).upper for delta in (0.2, 0.1, 0.05, 0.01)]
+    assert (np.diff(uppers) > 0).all()
+    assert certify(costs + 0.5, 0.0, 0.05, high=11.0).upper > uppers[2]
 
 
 @pytest.mark.parametrize("method", ["t", "bounded"])
-def test_bound_rises_with_confidence_and_with_cost(method: str) -> None:
-    costs = normal(numpy_stream(0, "monotone"), 200)
-    uppers = [certify(costs, 0.0, delta, method).upper for delta in (0.2, 0.1, 0.05, 0.01)]  # type: ignore[arg-type]
-    assert (np.diff(uppers) > 0).all()
-    assert certify(costs + 0.5, 0.0, 0.05, method).upper > uppers[2]  # type: ignore[arg-type]
-    assert certify(costs, uppers[2] + 1e-6, 0.05, method).passed  # type: ignore[arg-type]
-    assert not certify(costs, uppers[2] - 1e-6, 0.05, method).passed  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("delta", [0.05, 0.1])
-@pytest.mark.parametrize("draw", [normal, skewed, clustered])
-def test_t_keeps_its_level_from_400_prompts(draw: Draw, delta: float) -> None:
-    assert pass_rate(draw, 400, delta, "t") <= level(delta)
-
-
-@pytest.mark.parametrize("n", [20, 50, 200])
-@pytest.mark.parametrize("draw", [normal, skewed])
-def test_bounded_keeps_its_level(draw: Draw, n: int) -> None:
-    assert pass_rate(draw, n, 0.1, "bounded") <= level(0.1)
-
-
-@pytest.mark.parametrize("n", [20, 50, 300])
-def test_bounded_keeps_its_level_under_rare_large_harm(n: int) -> None:
-    assert pass_rate(rare_harm, n, 0.05, "bounded", high=20.0) <= level(0.05)
-
-
-def test_t_is_optimistic_under_rare_large_harm() -> None:
-    assert pass_rate(rare_harm, 50, 0.05, "t") > 0.3
-
-
-def test_bounded_keeps_its_level_where_prompts_are_sorted_by_kind() -> None:
-    def sorted_kinds(rng: np.random.Generator, n: int) -> np.ndarray:
-        return np.repeat([-3.0, 0.0, 3.0], n // 3) + rng.normal(0, 0.5, n)
-
-    assert pass_rate(sorted_kinds, 90, 0.1, "bounded") <= level(0.1)
-
-
-def test_bounded_counts_low_costs_as_low_and_refuses_high_ones() -> None:
-    costs = np.concatenate([np.full(50, -0.5), [-30.0]])
-    clipped = np.maximum(costs, -10.0)
-    assert betting_upper_bound(costs, 0.05, -10, 10) == betting_upper_bound(clipped, 0.05, -10, 10)
-    outcome = certify(np.append(np.full(999, -5.0), 10.5), 0.0, 0.05, "bounded")
+def test_one_response_above_the_range_fails_whatever_the_means_are(method: str) -> None:
+    costs = np.full(400, -3.0) + numpy_stream(0, "range").normal(0, 1, 400)
+    assert certify(costs, 0.0, 0.05, high=10.0, largest=9.9).passed
+    outcome = certify(costs, 0.0, 0.05, method, high=10.0, largest=100.0)  # type: ignore[arg-type]
     assert not outcome.passed
-    assert outcome.upper == 10.5
+    assert outcome.upper == 100
     assert "cost_high" in outcome.note
 
 
-def test_bounded_stays_within_the_range_and_passes_a_safe_policy() -> None:
-    assert betting_upper_bound(np.full(5, 9.9), 0.05, -10, 10) <= 10
-    assert betting_upper_bound(np.full(1000, -2.0), 0.05, -10, 10) == pytest.approx(-2.0, abs=0.15)
+def test_a_limit_above_every_cost_is_said_to_rule_nothing_out() -> None:
+    outcome = certify(np.zeros(30), 12.0, 0.05, high=10.0)
+    assert (outcome.passed, outcome.upper) == (True, 10.0)
+    assert "rules nothing out" in outcome.note
 
 
-def test_bounded_is_deterministic() -> None:
-    costs = normal(numpy_stream(0, "deterministic"), 100)
-    assert betting_upper_bound(costs, 0.05, -10, 10) == betting_upper_bound(costs.copy(), 0.05, -10, 10)
+def test_prompts_sorted_by_kind_are_not_bet_on_kind_by_kind() -> None:
+    rng = numpy_stream(0, "sorted")
+    kinds = np.repeat([-3.0, 0.0, 3.0], 30)
+    rows = kinds + rng.normal(0, 0.5, (200, 90))
+    assert np.mean([certify(row, 0.0, 0.1, high=6.0, sd=2.5).passed for row in rows]) <= allowed(0.1, 200)
 
 
-def test_strata_take_the_spread_between_kinds_out() -> None:
-    rng = numpy_stream(0, "strata")
-    kinds = np.repeat(["benign", "borderline", "harmful"], [100, 60, 40])
-    costs = np.repeat([-3.0, 0.0, 2.0], [100, 60, 40]) + rng.normal(0, 0.5, 200)
-    plain, stratified = certify(costs, 0.0, 0.05), certify(costs, 0.0, 0.05, strata=kinds)
-    assert plain.mean == stratified.mean
-    assert stratified.sd == pytest.approx(0.5, abs=0.1)
-    assert stratified.upper < plain.upper
-    assert prompt_spread(costs, np.zeros(200)) == (pytest.approx(plain.sd), pytest.approx(199))
-
-
-@pytest.mark.parametrize("sizes", [(20, 10, 6), (200, 120, 80)])
-def test_stratified_test_keeps_its_level(sizes: tuple[int, int, int]) -> None:
-    rng, kinds = numpy_stream(0, "stratified level", *sizes), np.repeat([0, 1, 2], sizes)
-    centres = np.repeat([-3.0, 0.0, 2.0], sizes)
-    centres -= centres.mean()
-    noise = np.repeat([0.4, 1.0, 2.0], sizes)
-    passed = [
-        certify(centres + noise * rng.normal(size=len(kinds)), 0.0, 0.05, strata=kinds).passed for _ in range(TESTS)
-    ]
-    assert np.mean(passed) <= level(0.05)
-
-
-def test_joint_error_of_two_limits_is_no_larger_than_that_of_one() -> None:
-    rng = numpy_stream(0, "joint")
-    both = [
-        all(certify(costs, limit, 0.05).passed for costs, limit in ((normal(rng, 400), 0.0), (normal(rng, 400), 1.0)))
-        for _ in range(TESTS)
-    ]
-    assert np.mean(both) <= level(0.05)
-
-
-@pytest.mark.parametrize(("n", "margin"), [(100, 0.58), (400, 0.29), (800, 0.20)])
-def test_planned_margin_as_designed(n: int, margin: float) -> None:
-    assert planned_margin(math.sqrt(3.2) * 1.1, n, 0.05, 0.9) == pytest.approx(margin, abs=0.02)
-
-
-@pytest.mark.parametrize("method", ["t", "bounded"])
-@pytest.mark.parametrize(("n", "sd"), [(50, 2.3), (400, 2.3), (400, 0.8)])
-def test_planned_margin_gives_the_planned_power(n: int, sd: float, method: str) -> None:
-    margin = planned_margin(sd, n, 0.05, 0.9, method)  # type: ignore[arg-type]
-    rng = numpy_stream(0, "power", n, method)
-    passed = [
-        certify((rng.normal(0, sd, n) - margin).clip(-10, 10), 0.0, 0.05, method).passed  # type: ignore[arg-type]
-        for _ in range(400)
-    ]
-    assert 0.85 <= np.mean(passed) <= (0.95 if method == "t" else 1.0)
-
-
-def test_half_width_shrinks_with_prompts() -> None:
-    for method in ("t", "bounded"):
-        widths = [expected_half_width(2.0, n, 0.05, method) for n in (20, 100, 1000)]  # type: ignore[arg-type]
-        assert (np.diff(widths) < 0).all()
+def test_certificates_are_deterministic() -> None:
+    costs = normal(numpy_stream(0, "deterministic"), (1, 100))[0]
+    pool = Pool(costs, costs, Covariate(1.0, -1.0, 1.0))
+    assert certify(costs, 0.0, 0.05, high=10.0, pool=pool) == certify(costs.copy(), 0.0, 0.05, high=10.0, pool=pool)
 
 
 def test_what_cannot_be_tested_is_refused() -> None:
     with pytest.raises(InputError, match="two prompts"):
-        certify(np.zeros(1), 0.0, 0.05)
-    with pytest.raises(InputError, match="two prompts"):
-        certify(np.zeros(3), 0.0, 0.05, strata=np.array(["a", "a", "b"]))
-    with pytest.raises(InputError, match="cost_high"):
-        certify(np.zeros(30), 12.0, 0.05, "bounded")
+        certify(np.zeros(1), 0.0, 0.05, high=10.0)
     with pytest.raises(ValueError, match="finite"):
-        certify(np.array([0.0, math.nan]), 0.0, 0.05)
+        certify(np.array([0.0, math.nan]), 0.0, 0.05, high=10.0)
     with pytest.raises(ValueError, match="delta"):
-        certify(np.zeros(3), 0.0, 0.7)
+        certify(np.zeros(3), 0.0, 0.7, high=10.0)
 
 
-def test_strata_are_alike_in_kind_and_in_the_references_cost() -> None:
-    random = numpy_stream(0, "strata")
-    pool = [f"p{number}" for number in range(400)]
-    kinds = ["benign"] * 200 + ["harmful"] * 200
-    costs = random.normal(size=400) + np.repeat([-2.0, 2.0], 200)
-    chosen = random.choice(400, size=100, replace=False)
-    strata = cost_strata([pool[place] for place in chosen], pool, kinds, costs)
-    assert strata is not None
-    for name in np.unique(strata):
-        here = chosen[strata == name]
-        assert len(here) > 1
-        assert len({kinds[place] for place in here}) == 1
-        assert np.ptp(costs[here]) < np.ptp(costs[:200])
-    assert prompt_spread(costs[chosen], strata)[0] < 0.5 * prompt_spread(costs[chosen])[0]
+# Two-phase costs.
 
 
-def test_few_prompts_have_one_stratum_or_none() -> None:
-    pool = [f"p{number}" for number in range(12)]
-    assert set(cost_strata(pool[:8], pool, [""] * 12, np.arange(12.0)).tolist()) == {"/0"}
-    assert cost_strata(pool[:3], pool, ["a", "a", "b", *["a"] * 9], np.arange(12.0)) is None
+def two_phase(rng: np.random.Generator, tested: int, correlation: float, noise: float = 1.0) -> tuple[np.ndarray, Pool]:
+    """A pool drawn from a population with mean 0; its tested prompts are spread evenly over the reference's cost."""
+    level, other = rng.normal(size=(2, 4 * tested))
+    policy = 2 * (correlation * level + math.sqrt(1 - correlation**2) * other) + rng.normal(size=4 * tested)
+    reference = 2 * level + noise * rng.normal(size=4 * tested)
+    blocks = np.argsort(reference).reshape(tested, 4)
+    chosen = blocks[np.arange(tested), rng.integers(4, size=tested)]
+    rest = np.setdiff1d(np.arange(4 * tested), chosen)
+    return policy[chosen], Pool(reference[chosen], reference[rest], Covariate(0.8 * correlation, -3.0, 3.0))
 
 
-@pytest.mark.parametrize("delta", [0.05, 0.1])
-def test_strata_by_a_noisy_reference_keep_the_level(delta: float) -> None:
-    random = numpy_stream(1, "strata", str(delta))
-    passes = 0
-    for _ in range(500):
-        level = random.normal(0, 2, 1500)
-        reference = level + random.normal(0, 0.4, 1500)
-        # A split drawn in proportion from each fortieth of the pool, as `make_splits` draws it.
-        order = np.argsort(reference).reshape(-1, 15)
-        chosen = np.concatenate([random.choice(block, 4, replace=False) for block in order])
-        policy = level + random.normal(0, 0.5, 1500)
-        pool = [str(number) for number in range(1500)]
-        strata = cost_strata([pool[place] for place in chosen], pool, [""] * 1500, reference)
-        passes += certify(policy[chosen], float(policy.mean()), delta, strata=strata).passed
-    assert passes <= 500 * (delta + 2.5 * np.sqrt(delta * (1 - delta) / 500))
+@pytest.mark.parametrize("correlation", [0.0, 0.8, 1.0])
+def test_about_the_population_it_errs_no_more_often_than_delta(correlation: float) -> None:
+    rng = numpy_stream(0, "population", str(correlation))
+    drawn = [two_phase_costs(*two_phase(rng, 100, correlation)) for _ in range(TESTS)]
+    values, above = np.stack([row for row, _ in drawn]), drawn[0][1]
+    assert betting_passes(values, 0.0, 0.1, 10.0 + above, 1.7).mean() <= allowed(0.1)
+
+
+def test_taking_the_pool_for_the_population_would_err_far_more_often() -> None:
+    """The deviation between neighbours in the reference's cost alone, as if the pool's mean were known."""
+    rng = numpy_stream(0, "population", "pool")
+    passed = 0
+    for _ in range(TESTS):
+        costs, pool = two_phase(rng, 100, 1.0, noise=0.0)
+        within = np.diff(costs[np.argsort(pool.tested)]).std() / math.sqrt(2)
+        passed += costs.mean() + stats.t.ppf(0.95, 99) * within / 10 <= 0
+    assert passed / TESTS > 0.09
+
+
+def test_two_phase_costs_by_hand() -> None:
+    pool = Pool(np.array([1.0, 3.0]), np.array([5.0, 7.0]), Covariate(0.5, 0.0, 6.0))
+    values, above = two_phase_costs(np.array([10.0, 20.0]), pool)
+    # g = .5, 1.5 of the tested, 2.5 and (7 clipped to 6) 3 of the rest, one to each block.
+    found = sorted((values - [10.0, 20.0]).tolist())
+    assert found in (sorted([1.0, 0.75]), sorted([1.25, 0.5]))
+    assert values.mean() == pytest.approx(15 - 1.0 + (0.5 + 1.5 + 2.5 + 3.0) / 4)
+    assert above == pytest.approx(0.5 * 6 / 2)
+
+
+def test_two_phase_spread_is_within_over_n_and_between_over_the_pool() -> None:
+    rng = numpy_stream(0, "spread")
+    means, foreseen = [], []
+    for _ in range(400):
+        costs, pool = two_phase(rng, 100, 0.9)
+        means.append(two_phase_costs(costs, pool)[0].mean())
+        reference = np.concatenate([pool.tested, pool.rest])
+        foreseen.append(two_phase_spread(costs, pool.tested, reference, pool.covariate, 100).sd)
+    assert np.std(means) == pytest.approx(np.mean(foreseen) / 10, rel=0.15)
+
+
+def test_the_covariate_is_chosen_where_it_helps_and_left_out_where_not() -> None:
+    rng = numpy_stream(0, "foresee")
+    reference = rng.normal(0, 2, 800)
+    alike, other = reference[:200] + rng.normal(0, 0.5, 200), rng.normal(0, 2, 200)
+    helped = foresee(alike, reference[:200], reference, 200, 0.0, 0.05, "bounded", high=8.0)
+    assert helped.covariate.slope > 0.8
+    assert helped.spread.sd < 0.75 * alike.std()
+    assert helped.half_width < expected_half_width(float(alike.std()), 200, 0.05, room=8.0)
+    left = foresee(other, reference[:200], reference, 200, 0.0, 0.05, "bounded", high=8.0)
+    assert left.half_width <= expected_half_width(float(other.std(ddof=1)), 200, 0.05, room=8.0) + 1e-9
+
+
+@pytest.mark.parametrize(("count", "sd", "high"), [(50, 2.0, 6.0), (400, 1.3, 12.0), (400, 2.2, 10.0), (800, 2.2, 6.0)])
+def test_planned_margin_gives_the_planned_power(count: int, sd: float, high: float) -> None:
+    half_width = expected_half_width(sd, count, 0.05, room=high)
+    foreseen = foresee(np.zeros(2), np.zeros(2), np.zeros(count), count, 0.0, 0.05, "bounded", high=high)
+    foreseen = type(foreseen)(foreseen.covariate, Spread(sd, sd), high, half_width)
+    margin = planned_margin(foreseen, count, 0.9)
+    costs = np.minimum(numpy_stream(0, "power", count).normal(-margin, sd, (1000, count)), high)
+    assert 0.85 <= betting_passes(costs, 0.0, 0.05, high, sd).mean() <= 0.97
+    assert planned_margin(foreseen, count, 0.9, selection_error=0.3) > margin
+
+
+def test_half_width_shrinks_with_prompts_and_widens_with_the_range() -> None:
+    for method in ("t", "bounded"):
+        widths = [expected_half_width(2.0, n, 0.05, method, room=8.0) for n in (20, 100, 1000)]  # type: ignore[arg-type]
+        assert (np.diff(widths) < 0).all()
+    assert expected_half_width(2.0, 100, 0.05, room=20.0) > expected_half_width(2.0, 100, 0.05, room=8.0)
+
+
+def test_joint_error_of_two_limits_is_no_larger_than_that_of_one() -> None:
+    rng = numpy_stream(0, "joint")
+    at_limit, kept = (normal(rng, (TESTS, 100)) for _ in range(2))
+    both = betting_passes(at_limit, 0.0, 0.05, 10.0, 2.2) & betting_passes(kept, 1.0, 0.05, 10.0, 2.2)
+    assert both.mean() <= allowed(0.05)

@@ -108,7 +108,6 @@ BAD_FILES = {
     "same name": ("constraints:\n- name: a\n- name: a\n", ["share a name"]),
     "bad template": ("policy:\n  template: hello\n", ["policy.template", "{prompt}", "line 2"]),
     "shares": ("data:\n  splits:\n    test: 0.5\n", ["data.splits", "not 1", "line 2"]),
-    "clipped range": ("certificate:\n  cost_low: 20\n", ["cost_low (20) must be below cost_high (10)", "line 2"]),
     "several": ("seed: -1\ndpo:\n  beta: -1\n  x: 1\n", ["3 things", "seed", "dpo.beta", "dpo.x"]),
     "very many": ("\n".join(f"field{i}: 1" for i in range(40)), ["40 things", "and 34 more"]),
     "itself": ("dpo: &a\n  beta: *a\n", ["itself"]),

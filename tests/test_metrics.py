@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from cdpo_core.dual.certificate import Foreseen
 from cdpo_core.dual.selection import Candidate, select_round
+from cdpo_core.dual.two_phase import NO_COVARIATE, Spread
 from cdpo_core.evaluation.metrics import (
     cluster_mean,
     cluster_share,
@@ -150,7 +152,11 @@ def test_one_prompt_leaves_no_interval() -> None:
 
 
 def candidate(reward: float, *costs: float) -> Candidate:
-    return Candidate(reward, costs, tuple(2.0 for _ in costs))
+    return Candidate(reward, costs, tuple(foreseen(0.165) for _ in costs))
+
+
+def foreseen(half_width: float) -> Foreseen:
+    return Foreseen(NO_COVARIATE, Spread(2.0, 2.0), 10.0, half_width)
 
 
 # At 400 prompts, sd 2 and δ = 0.05 the certificate's half-width is 0.165.
@@ -166,17 +172,18 @@ def candidate(reward: float, *costs: float) -> Candidate:
     ],
 )
 def test_choice_of_policy(candidates: list[Candidate], limits: tuple[float, ...], chosen: int) -> None:
-    assert select_round(candidates, limits, 400, 0.05) == chosen
+    assert select_round(candidates, limits) == chosen
 
 
 def test_a_round_on_target_goes_first() -> None:
     rounds = [candidate(2.0, -0.2), replace(candidate(1.0, -0.3), met=True), candidate(3.0, -0.25)]
-    assert select_round(rounds, (0.0,), 400, 0.05) == 1
+    assert select_round(rounds, (0.0,)) == 1
 
 
-def test_choice_foresees_the_method_of_the_certificate() -> None:
+def test_choice_goes_by_the_foreseen_bound() -> None:
     rounds = [candidate(1.0, -0.4), candidate(2.0, -0.2)]
-    assert select_round(rounds, (0.0,), 400, 0.05) == 1
-    assert select_round(rounds, (0.0,), 400, 0.05, "bounded") == 0
+    assert rounds[1].upper == (pytest.approx(-0.035),)
+    assert select_round(rounds, (0.0,)) == 1
+    assert select_round([replace(item, foreseen=(foreseen(0.3),)) for item in rounds], (0.0,)) == 0
     with pytest.raises(ValueError, match="no round"):
-        select_round([], (0.0,), 400, 0.05)
+        select_round([], (0.0,))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cdpo_core.dual.certificate import Method, expected_half_width
+from cdpo_core.dual.certificate import Foreseen
 
 
 @dataclass(frozen=True)
@@ -13,39 +13,32 @@ class Candidate:
 
     Attributes:
         reward: mean reward.
-        cost: [m] mean costs.
-        sd: [m] deviations of the prompts' mean costs.
+        cost: [m] mean costs; they may come from `paired_mean`.
+        foreseen: [m] what they promise of the certificate.
         met: whether its costs are on target (`dual.ascent.meets_target`).
     """
 
     reward: float
     cost: tuple[float, ...]
-    sd: tuple[float, ...]
+    foreseen: tuple[Foreseen, ...]
     met: bool = False
 
+    @property
+    def upper(self) -> tuple[float, ...]:
+        """[m] the bounds that the certificate is likely to give."""
+        return tuple(cost + item.half_width for cost, item in zip(self.cost, self.foreseen, strict=True))
 
-def select_round(
-    candidates: list[Candidate],
-    limits: tuple[float, ...],
-    prompts: int,
-    delta: float,
-    method: Method = "t",
-    *,
-    low: float = -10.0,
-    high: float = 10.0,
-) -> int:
+
+def select_round(candidates: list[Candidate], limits: tuple[float, ...]) -> int:
     """The round whose policy goes to the certificate.
 
-    The bound that the certificate would give is foreseen as selection mean + its half-width at the
-    certificate's number of prompts. A round on target is what the margin was planned for, and goes
-    first. Else, among the rounds whose bounds are all within the limits, the highest reward; if none
-    is, the round whose largest excess over a limit is least. Ties go to the earlier round.
+    A round on target is what the margin was planned for, and goes first. Else, among the rounds whose foreseen bounds
+    are all within the limits, the highest reward; if none is, the round whose largest excess over a limit is least.
+    Ties go to the earlier round.
 
     Args:
-        candidates: one a round; their costs may come from `paired_mean`.
+        candidates: one a round.
         limits: [m].
-        prompts: number of certificate prompts.
-        delta, method, low, high: as in `certify`.
 
     Returns:
         index of the round.
@@ -58,15 +51,7 @@ def select_round(
     met = [i for i, candidate in enumerate(candidates) if candidate.met]
     if met:
         return max(met, key=lambda i: candidates[i].reward)
-    excesses = []
-    for candidate in candidates:
-        rows = zip(candidate.cost, candidate.sd, limits, strict=True)
-        excesses.append(
-            max(
-                cost + expected_half_width(sd, prompts, delta, method, low=low, high=high) - limit
-                for cost, sd, limit in rows
-            )
-        )
+    excesses = [max(bound - limit for bound, limit in zip(item.upper, limits, strict=True)) for item in candidates]
     within = [i for i, excess in enumerate(excesses) if excess <= 0]
     if within:
         return max(within, key=lambda i: candidates[i].reward)

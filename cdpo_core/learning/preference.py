@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 
     from cdpo_core.models.scorer_text import EncodedText
     from cdpo_core.stages import Runtime, Slice
+
+
+# Training pairs that a cost's range is told from, beside the held-out ones, and the share of the range added to it.
+CEILING_PAIRS, CEILING_BEYOND = 2000, 0.1
 
 
 @dataclass(frozen=True)
@@ -110,14 +115,35 @@ def train_scorers(config: Slice, inputs: Mapping[str, Path], out: Path, runtime:
         scorer.scale.copy_(torch.from_numpy(scale))
         scorer.shift.copy_(torch.from_numpy(shift))
         scores = scores * scale + shift
+        scorer.ceiling.copy_(torch.from_numpy(_ceilings(scorer, scores, train, config.heads, runtime)))
     report = {}
     for index, head in enumerate(heads):
         labels = (held_out.higher[:, index], held_out.unsafe[:, index], held_out.prompt_ids)
-        units = {"scale": float(scorer.scale[index]), "shift": float(scorer.shift[index])}
+        end = float(scorer.ceiling[index])
+        units = {
+            "scale": float(scorer.scale[index]),
+            "shift": float(scorer.shift[index]),
+            "ceiling": end if math.isfinite(end) else None,
+        }
         report[head["name"]] = {**scorer_report(scores[:, :, index], *labels, sharpness), **units, **told}
     save_scorer(scorer, out)
     write_json(out / "report.json", report)
     write_json(out / "training.json", {"steps": records})
+
+
+def _ceilings(
+    scorer: Scorer, held_out: np.ndarray, train: LabelledPairs, heads: Sequence[Mapping[str, str]], runtime: Runtime
+) -> np.ndarray:
+    """[heads] the end of each cost's range: a tenth of its range beyond the largest cost among labelled responses.
+
+    Beyond it the labels say nothing; with it the cost is bounded, which a certificate that holds for every number of
+    prompts rests on. Rewards have none.
+    """
+    chosen = train.at(np.arange(min(len(train), CEILING_PAIRS)))
+    scores = scorer.score(*chosen.texts(), runtime.micro_batch).numpy()
+    scores = np.concatenate([scores, held_out.reshape(-1, held_out.shape[-1])])
+    ends = scores.max(0) + CEILING_BEYOND * np.ptp(scores, axis=0)
+    return np.where([bool(head["labels"]) for head in heads], ends, np.inf)
 
 
 def load_pairs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,6 +103,8 @@ def load_ready_scorer(
     if flip:
         scorer.scale.neg_()
         scorer.shift.neg_()
+        # What was the most harmful score is now the least: nothing bounds the other side.
+        scorer.ceiling.fill_(math.inf)
     return scorer
 
 
@@ -146,6 +149,7 @@ def _with_heads(scorer: Scorer, names: Sequence[str]) -> Scorer:
     chosen = Scorer(scorer.backbone, scorer.tokenizer, heads, names, scorer.text, pooled=scorer.pooled)
     chosen.scale.copy_(scorer.scale[rows])
     chosen.shift.copy_(scorer.shift[rows])
+    chosen.ceiling.copy_(scorer.ceiling[rows])
     return chosen.eval()
 
 

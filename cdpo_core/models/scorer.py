@@ -7,6 +7,7 @@ by Bradley–Terry times the data's sharpness, costs likewise with 0 at the bord
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,12 +70,14 @@ class Scorer(nn.Module):
         heads: hidden -> len(names), float32.
         names: what the heads measure: `reward`, or the name of a cost.
         scale, shift: [len(names)] float64 buffers, the calibration.
+        ceiling: [len(names)] float64 buffer, the largest score in calibrated units that counts; inf for none.
         text: how prompt and response are read.
         pooled: whether the backbone pools by itself.
     """
 
     scale: Tensor
     shift: Tensor
+    ceiling: Tensor
 
     def __init__(
         self,
@@ -91,6 +94,7 @@ class Scorer(nn.Module):
         self.names, self.text, self.pooled = list(names), text, pooled
         self.register_buffer("scale", torch.ones(len(self.names), dtype=torch.float64))
         self.register_buffer("shift", torch.zeros(len(self.names), dtype=torch.float64))
+        self.register_buffer("ceiling", torch.full((len(self.names),), math.inf, dtype=torch.float64))
         # The policy owns the way texts become tokens; its model is not called through here.
         self.writer = Policy(backbone, tokenizer, text.template, text.max_prompt_tokens, text.max_response_tokens)
         self._shares_prompts = text.form == "policy" and not pooled and has_expandable_cache(backbone)
@@ -133,8 +137,8 @@ class Scorer(nn.Module):
         return self.heads(hidden.float())
 
     def calibrated(self, raw: Tensor) -> Tensor:
-        """Raw scores [..., heads] in calibrated units, float64."""
-        return raw.double() * self.scale + self.shift
+        """Raw scores [..., heads] in calibrated units, float64, at most the ceiling."""
+        return torch.minimum(raw.double() * self.scale + self.shift, self.ceiling)
 
     def score(
         self,
@@ -266,6 +270,7 @@ def save_scorer(scorer: Scorer, folder: Path) -> None:
     heads = {name: tensor.detach().cpu().contiguous() for name, tensor in scorer.heads.state_dict().items()}
     save_file(heads, folder / HEADS_FILE)
     content = {"heads": scorer.names, "scale": scorer.scale.tolist(), "shift": scorer.shift.tolist()}
+    content["ceiling"] = [value if math.isfinite(value) else None for value in scorer.ceiling.tolist()]
     write_json(folder / SCORER_FILE, {**content, **asdict(scorer.text), "pooled": scorer.pooled})
 
 
@@ -316,6 +321,8 @@ def load_scorer(folder: str | Path, device: str | torch.device = "cpu", *, trust
     scorer = Scorer(backbone, tokenizer, heads, names, text, pooled=pooled)
     scorer.scale.copy_(torch.tensor(content["scale"], dtype=torch.float64))
     scorer.shift.copy_(torch.tensor(content["shift"], dtype=torch.float64))
+    ceiling = [math.inf if value is None else value for value in content.get("ceiling") or [None] * len(names)]
+    scorer.ceiling.copy_(torch.tensor(ceiling, dtype=torch.float64))
     return scorer.to(device).eval()
 
 
