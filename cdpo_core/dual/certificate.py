@@ -124,11 +124,7 @@ def certify(
         InputError: fewer than two prompts.
         ValueError: a cost is not finite, or an argument is out of its domain.
     """
-    costs = _checked(prompt_costs)
-    if not 0 < delta < 0.5:
-        raise ValueError(f"delta must be in (0, 0.5), not {delta}")
-    if method not in ("t", "bounded"):
-        raise ValueError(f"unknown certificate method {method!r}")
+    costs = _checked(prompt_costs, delta, method)
     pool = pool or Pool(np.zeros(len(costs)), np.zeros(0), NO_COVARIATE)
     values, above = two_phase_costs(costs, pool)
     mean, spread = float(values.mean()), float(values.std(ddof=1))
@@ -242,7 +238,11 @@ def planned_margin(foreseen: Foreseen, prompts: int, power: float, *, selection_
     return max(foreseen.half_width + chance, 0.0)
 
 
-def _checked(prompt_costs: np.ndarray) -> np.ndarray:
+def _checked(prompt_costs: np.ndarray, delta: float, method: str) -> np.ndarray:
+    if not 0 < delta < 0.5:
+        raise ValueError(f"delta must be in (0, 0.5), not {delta}")
+    if method not in ("t", "bounded"):
+        raise ValueError(f"unknown certificate method {method!r}")
     costs = np.asarray(prompt_costs, dtype=np.float64)
     if costs.ndim != 1 or len(costs) == 0 or not np.isfinite(costs).all():
         raise ValueError(f"costs must be one finite number for each prompt, not of shape {costs.shape}")
