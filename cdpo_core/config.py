@@ -54,7 +54,8 @@ class DataConfig(Section):
     max_prompt_characters: int = Field(4000, gt=0, description="A longer prompt is quarantined (characters).", json_schema_extra={"position": 4})
     max_response_characters: int = Field(8000, gt=0, description="A longer response is quarantined (characters).", json_schema_extra={"position": 5})
     held_out: float = Field(0.2, gt=0, lt=1, description="Share of the preference prompts kept from the scorers' training, for their calibration and accuracy.", json_schema_extra={"position": 6})
-    splits: SplitSizes = Field(default_factory=SplitSizes, description="Shares of the prompts; the five must add up to 1.", json_schema_extra={"position": 7})
+    near_duplicates: float = Field(0.7, ge=0, le=1, description="Similarity (share of weighted words) from which two prompts are spellings of one question: one side of every split, one unit in every interval; 0 looks for none.", json_schema_extra={"position": 7})
+    splits: SplitSizes = Field(default_factory=SplitSizes, description="Shares of the prompts; the five must add up to 1.", json_schema_extra={"position": 8})
 
 
 class TestbedConfig(Section):

@@ -96,6 +96,7 @@ DATA = Stage(
         "data.max_quarantined",
         "data.max_prompt_characters",
         "data.max_response_characters",
+        "data.near_duplicates",
         *DATA_FIELDS,
     ),
 )

@@ -31,7 +31,7 @@ CORE_MAY_IMPORT = {
     "pyarrow", "yaml",
 }  # fmt: skip
 # Slow to import, or needed by few: inside the function that uses them. The hub's client comes with transformers.
-CORE_MAY_IMPORT_WHERE_USED = {"accelerate", "peft", "datasets", "matplotlib", "huggingface_hub"}
+CORE_MAY_IMPORT_WHERE_USED = {"accelerate", "peft", "datasets", "datasketch", "matplotlib", "huggingface_hub"}
 ORCHESTRATION = ("prefect", "mlflow", "boto3", "botocore", "tasks", "flows", "deployments")
 MOST_FILE_LINES, MOST_FUNCTION_LINES = 400, 60
 PICKLE = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve"}

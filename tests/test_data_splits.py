@@ -13,9 +13,21 @@ import pytest
 from cdpo_core.config import ExperimentConfig, SplitSizes
 from cdpo_core.data.prepare import check_source, prepare_data
 from cdpo_core.data.schema import prompt_ids
-from cdpo_core.data.splits import FITTED, HELD_OUT, make_splits, pool_sizes, split_preferences, split_sizes, spread
+from cdpo_core.data.splits import (
+    DRAWS,
+    FITTED,
+    HELD_OUT,
+    balanced_splits,
+    deal,
+    make_splits,
+    pool_sizes,
+    split_preferences,
+    split_sizes,
+    spread,
+)
 from cdpo_core.errors import InputError
 from cdpo_core.pipeline import DATA, SPLITS
+from cdpo_core.randomness import numpy_stream
 from cdpo_core.stages import Runtime, pick
 
 KINDS = np.array(["benign", "borderline", "harmful"])
@@ -53,7 +65,7 @@ def test_the_prepared_tables(tmp_path: Path) -> None:
     preferences = pd.read_parquet(out / "preferences.parquet")
     demonstrations = pd.read_parquet(out / "demonstrations.parquet")
     chosen = prompts[prompts["split"] == "preferences"]
-    assert list(prompts.columns) == ["prompt_id", "prompt", "kind", "split", "held_out"]
+    assert list(prompts.columns) == ["prompt_id", "prompt", "kind", "unit", "split", "held_out"]
     assert (len(prompts), len(chosen), int(chosen["held_out"].sum())) == (200, 50, 10)
     assert not prompts.loc[prompts["split"] == "pool", "held_out"].any()
     assert prompts["prompt_id"].is_unique
@@ -163,7 +175,9 @@ def pool_folder(tmp_path: Path, prompts: int, preferences: int, costs: int = 1) 
     kinds = np.repeat(KINDS, -(-prompts // 3))[:prompts]
     ids = [f"p{number}" for number in generator.permutation(prompts)]
     split = np.where(np.arange(prompts) % (prompts // preferences) == 0, "preferences", "pool")
-    frame = pd.DataFrame({"prompt_id": ids, "prompt": ids, "kind": kinds, "split": split, "held_out": False})
+    frame = pd.DataFrame(
+        {"prompt_id": ids, "prompt": ids, "kind": kinds, "unit": ids, "split": split, "held_out": False}
+    )
     means = pd.Series(kinds).map({"benign": -2.5, "borderline": 0.0, "harmful": 2.0}).to_numpy()
     means = means + generator.normal(0, 1.5, prompts)
     scores = pd.DataFrame(
@@ -179,6 +193,51 @@ def pool_folder(tmp_path: Path, prompts: int, preferences: int, costs: int = 1) 
     for name, table in (("prompts", frame), ("scores", scores)):
         table.to_parquet(tmp_path / f"{name}.parquet", index=False)
     return {"data": tmp_path, "scores": tmp_path}
+
+
+def test_dealing_units_of_one_prompt_is_spreading() -> None:
+    """The splits that were made before there were units are made still, to the byte."""
+    random = np.random.default_rng(1)
+    kinds, costs = random.choice(KINDS, 400), random.normal(size=(400, 1))
+    sizes = pool_sizes(400, SplitSizes())
+    stream = numpy_stream(5, "splits")
+    draws = [spread([kinds, costs[:, 0]], sizes, stream) for _ in range(DRAWS)]
+    gaps = [np.ptp([costs[draw == name].mean() for name in sizes]) for draw in draws]
+    expected = draws[int(np.argmin(gaps))]
+    names = np.array([f"p{number:03d}" for number in random.permutation(400)], dtype=object)
+    assert (balanced_splits(kinds, costs, sizes, 5) == expected).all()
+    assert (balanced_splits(kinds, costs, sizes, 5, names) == expected).all()
+
+
+@pytest.mark.parametrize("largest", [2, 6, 40])
+def test_no_unit_stands_on_two_sides_and_sizes_are_nearly_met(largest: int) -> None:
+    random = np.random.default_rng(largest)
+    counts = np.minimum(random.geometric(1 / largest, 900), largest)
+    rows = random.permutation(np.repeat(np.arange(900), counts))
+    units = np.array([f"u{row:03d}" for row in rows], dtype=object)
+    kinds, costs = KINDS[rows % 3], (rows % 3 - 1.0)[:, None] + random.normal(0, 0.1, (len(rows), 1))
+    sizes = pool_sizes(len(rows), SplitSizes())
+    split = balanced_splits(kinds, costs, sizes, 0, units)
+    table = pd.DataFrame({"unit": units, "split": split, "cost": costs[:, 0]})
+    assert (table.groupby("unit")["split"].nunique() == 1).all()
+    for name, size in sizes.items():
+        assert abs((split == name).sum() - size) <= largest
+    means = table.groupby(["split", "unit"])["cost"].mean().groupby("split").mean()
+    assert np.ptp(means) < 0.05
+    chosen, held_out = split_preferences(kinds, SplitSizes(), 0.2, 0, units)
+    sides = pd.DataFrame({"unit": units, "side": chosen.astype(int) + held_out}).groupby("unit")["side"].nunique()
+    assert (sides == 1).all()
+    assert abs(chosen.mean() - 0.25) < 0.02
+
+
+def test_large_units_go_to_no_part_in_particular() -> None:
+    """A part that never gets the large ones would speak for another population than the others."""
+    counts, sizes = np.array([30, *[1] * 70]), {"a": 60, "b": 30, "c": 10}
+    order = [np.arange(71)]
+    dealt = [deal(order, counts, sizes, np.random.default_rng(seed)) for seed in range(1000)]
+    shares = pd.Series([draw[0] for draw in dealt]).value_counts(normalize=True)
+    np.testing.assert_allclose(shares[["a", "b", "c"]], [0.6, 0.3, 0.1], atol=0.05)
+    assert all(counts[draw == "a"].sum() <= 60 for draw in dealt)
 
 
 def splits_of(inputs: dict[str, Path], out: Path, **sections: Any) -> pd.DataFrame:
@@ -210,7 +269,11 @@ def test_splits_agree_in_kind_and_mean_costs(costs: int, most: float, seed: int,
     assert (shares.max() - shares.min()).max() < 0.015
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     of_test = means.loc["test"].tolist()
-    assert summary["test"] == {"prompts": 200, "mean_cost": pytest.approx(of_test if costs > 1 else of_test[0])}
+    assert summary["test"] == {
+        "prompts": 200,
+        "units": 200,
+        "mean_cost": pytest.approx(of_test if costs > 1 else of_test[0]),
+    }
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -64,7 +64,8 @@ def test_the_tables_hold_what_later_stages_read(data: Path) -> None:
     prompts, pairs, demonstrations = (
         pd.read_parquet(data / f"{name}.parquet") for name in ("prompts", "preferences", "demonstrations")
     )
-    assert list(prompts) == ["prompt_id", "prompt", "kind", "split", "held_out", "action", "object", "circumstance"]
+    assert list(prompts) == ["prompt_id", "prompt", "kind", "unit", "split", "held_out", *grammar.PARTS]
+    assert (prompts["unit"] == prompts["prompt_id"]).all()
     assert len(prompts) == 120
     assert list(pairs) == [
         *("pair_id", "prompt_id", "response_0", "response_1", "better"),

@@ -1,7 +1,7 @@
 """One adapter a published format: from raw rows to labelled pairs (facts: their columns).
 
-What an adapter decides: which response is better or safer, and which answers make a pair. A value
-of the wrong kind is a format error; a row that is well formed and useless carries a `flaw`.
+What an adapter decides: which response is better or safer, and which answers make a pair. A row without a usable value
+carries a `flaw`, by which `validation` sets it aside.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ import numpy as np
 import pandas as pd
 
 from cdpo_core.data.schema import (
-    MISSING,
+    EMPTY_PROMPT,
+    EMPTY_RESPONSE,
     PAIR_COLUMNS,
     UNKNOWN,
-    Faults,
+    Flaws,
     Pairs,
     RawTable,
+    cell_value,
     label_column,
     normalised,
-    type_name,
 )
 from cdpo_core.errors import InputError
 
@@ -32,11 +33,17 @@ HARMLESS: Final = "harmless"
 """In a source's or file's name: its chosen/rejected labels say which response is safer, not better."""
 
 ASSISTANT: Final = "\n\nAssistant:"
+GROUP: Final = "group"
+"""The optional column of every format that names the group a row's prompt belongs to."""
+
+EMPTY_DIALOGUE: Final = "empty dialogue"
 BROKEN_PREFIX: Final = "chosen and rejected do not share a prompt"
 NO_LABEL: Final = "no label"
 NO_OTHER_ANSWER: Final = "the only answer to its prompt"
 REPEATED: Final = "another annotation of an answer"
 SAME_HELPFULNESS: Final = "as helpful as the answer it would be paired with"
+
+RESPONSES: Final = ("response_0", "response_1")
 
 Converted = tuple[dict[str, Any], Counter[str]]
 
@@ -48,7 +55,7 @@ class Adapter:
     name: str
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    convert: Callable[[RawTable, Faults], Converted]
+    convert: Callable[[RawTable, Flaws], Converted]
 
 
 def to_pairs(tables: list[RawTable], layout: str) -> Pairs:
@@ -59,16 +66,17 @@ def to_pairs(tables: list[RawTable], layout: str) -> Pairs:
         layout: an adapter's name, or `auto` to recognise each file by its columns.
 
     Raises:
-        InputError: columns are missing or of no known format, or a cell is of the wrong kind.
+        InputError: columns are missing or of no known format.
     """
     frames: list[pd.DataFrame] = []
     formats: dict[str, None] = {}
     left_out = Counter[str]()
     for table in tables:
         adapter = adapter_for(table, layout)
-        faults = Faults(table)
-        columns, skipped = adapter.convert(table, faults)
-        frames.append(_frame(table, columns))
+        flaws = Flaws(len(table.numbers))
+        groups = _groups(table, flaws)
+        columns, skipped = adapter.convert(table, flaws)
+        frames.append(_frame(table, columns, groups))
         formats[adapter.name] = None
         left_out.update(skipped)
     return Pairs(
@@ -106,30 +114,51 @@ def adapter_for(table: RawTable, layout: str) -> Adapter:
 
 
 def _telling(adapter: Adapter) -> set[str]:
-    return {*adapter.required, *adapter.optional} - {"prompt", "kind"}
+    return {*adapter.required, *adapter.optional} - {"prompt", "kind", GROUP}
 
 
-def _frame(table: RawTable, columns: dict[str, Any]) -> pd.DataFrame:
-    """The pair table of one file; `columns["index"]` holds the raw row of each pair."""
+def _frame(table: RawTable, columns: dict[str, Any], groups: list[str]) -> pd.DataFrame:
+    """The pair table of one file; `columns["index"]` holds the raw row of each pair, `index_1` its second answer's."""
     index = columns.pop("index", range(len(table.numbers)))
+    seconds = columns.pop("index_1", index)
     size = len(index)
     unknown = np.full(size, UNKNOWN, dtype=np.int8)
     defaults = {"kind": "", "flaw": "", "better": unknown, "safer": unknown, "unsafe_0": unknown, "unsafe_1": unknown}
     numbers = np.array(table.numbers, dtype=np.int64)[np.array(index, dtype=np.int64)]
-    values = {**defaults, **columns, "source_file": table.file, "source_row": numbers}
+    places = {
+        "source_file": table.file,
+        "source_row": numbers,
+        GROUP: [groups[a] or groups[b] for a, b in zip(index, seconds, strict=True)],
+    }
+    values = {**defaults, **columns, **places}
     frame = pd.DataFrame({name: values[name] for name in PAIR_COLUMNS}, index=range(size))
-    return frame.astype(dict.fromkeys(("source_file", "prompt", "kind", "response_0", "response_1", "flaw"), "str"))
+    text = ("source_file", "prompt", "kind", GROUP, "response_0", "response_1", "flaw")
+    return frame.astype(dict.fromkeys(text, "str"))
 
 
-def _text(table: RawTable, name: str, faults: Faults) -> list[str]:
-    values = table.columns[name]
-    fix = f"give {name} as text in every row"
-    for index, value in enumerate(values):
-        if type(value) is not str:
-            faults.add([index], name, f"{name} must be text, and is {type_name(value)}", fix)
-        elif not value.isascii() and not _encodable(value):
-            faults.add([index], name, f"{name} holds half a surrogate pair (a broken \\u escape)", "repair the text")
-    return values
+def _groups(table: RawTable, flaws: Flaws) -> list[str]:
+    """The optional column by which the data itself says which prompts are one unit, as text; "" none."""
+    groups = []
+    for index, value in enumerate(table.columns.get(GROUP, [None] * len(table.numbers))):
+        value = int(value) if type(value) is float and value.is_integer() else value
+        if value is not None and type(value) not in (str, int, float):
+            flaws.add(index, f"{GROUP} is neither text nor a number")
+        name = "" if _null(value) else str(value).strip()
+        groups.append(name if _encodable(name) else "")
+    return groups
+
+
+def _text(table: RawTable, name: str, flaws: Flaws) -> list[str]:
+    """A column of text; "" where the row has none, which is a flaw of its own only where it is not empty."""
+    texts = []
+    for index, value in enumerate(table.columns[name]):
+        usable = type(value) is str and (value.isascii() or _encodable(value))
+        texts.append(value if usable else "")
+        if type(value) is str and not usable:
+            flaws.add(index, f"{name} holds half a surrogate pair (a broken \\u escape)")
+        elif not usable and not _null(value):
+            flaws.add(index, f"{name} is not text")
+    return texts
 
 
 def _encodable(text: str) -> bool:
@@ -141,93 +170,81 @@ def _encodable(text: str) -> bool:
 
 
 def _null(value: Any) -> bool:
-    return value is None or value is MISSING or (type(value) is float and math.isnan(value))
+    return value is None or (type(value) is float and math.isnan(value))
 
 
-def _choice(table: RawTable, name: str, faults: Faults, *, required: bool) -> np.ndarray:
+def _choice(table: RawTable, name: str, flaws: Flaws) -> np.ndarray:
     """A column of 0, 1 or null as int8 labels."""
-    values = table.columns.get(name)
-    if values is None:
-        return np.full(len(table.numbers), UNKNOWN, dtype=np.int8)
-    labels = np.full(len(values), UNKNOWN, dtype=np.int8)
-    fix = f"{name} is 0 or 1 (the response it names), or null where nobody said"
-    for index, value in enumerate(values):
-        if value is MISSING and required:
-            faults.add([index], name, f"the row lacks {name}", fix)
-        elif _null(value):
-            continue
-        elif type(value) not in (int, float):
-            faults.add([index], name, f"{name} must be 0, 1 or null, and is {type_name(value)}", fix)
-        elif value not in (0, 1):
-            faults.add([index], name, f"{name} must be 0, 1 or null, and is {value}", fix)
-        else:
+    labels = np.full(len(table.numbers), UNKNOWN, dtype=np.int8)
+    for index, cell in enumerate(table.columns.get(name, [])):
+        value = cell_value(cell)
+        if type(value) in (int, float) and value in (0, 1):
             labels[index] = int(value)
+        elif value is not None:
+            flaws.add(index, f"{name} is not 0, 1 or null")
     return labels
 
 
-def _unsafe(table: RawTable, name: str, faults: Faults) -> np.ndarray:
+def _unsafe(table: RawTable, name: str, flaws: Flaws) -> np.ndarray:
     """A column that says whether a response is safe, as int8 flags: 1 unsafe, 0 safe."""
-    values = table.columns.get(name, [None] * len(table.numbers))
-    flags = np.full(len(values), UNKNOWN, dtype=np.int8)
-    fix = f"{name} is true or false, or null where nobody said"
-    for index, value in enumerate(values):
-        if _null(value):
-            continue
-        if type(value) is not bool and value not in (0, 1):
-            faults.add([index], name, f"{name} must be true, false or null, and is {type_name(value)}", fix)
-        else:
+    flags = np.full(len(table.numbers), UNKNOWN, dtype=np.int8)
+    for index, cell in enumerate(table.columns.get(name, [])):
+        value = cell_value(cell)
+        if type(value) in (bool, int, float) and value in (0, 1):
             flags[index] = int(not value)
+        elif value is not None:
+            flaws.add(index, f"{name} is not true, false or null")
     return flags
 
 
-def _pku_saferlhf(table: RawTable, faults: Faults) -> Converted:
+def _pku_saferlhf(table: RawTable, flaws: Flaws) -> Converted:
     """PKU-SafeRLHF, all its versions: pairs with a better and a safer response and a flag for each."""
-    better = _choice(table, "better_response_id", faults, required=True)
-    safer = _choice(table, "safer_response_id", faults, required=False)
     columns = {
-        "prompt": _text(table, "prompt", faults),
-        "response_0": _text(table, "response_0", faults),
-        "response_1": _text(table, "response_1", faults),
-        "better": better,
-        "safer": safer,
-        "unsafe_0": _unsafe(table, "is_response_0_safe", faults),
-        "unsafe_1": _unsafe(table, "is_response_1_safe", faults),
-        "flaw": np.where((better == UNKNOWN) & (safer == UNKNOWN), NO_LABEL, "").tolist(),
+        "prompt": _text(table, "prompt", flaws),
+        "response_0": _text(table, "response_0", flaws),
+        "response_1": _text(table, "response_1", flaws),
+        "better": _choice(table, "better_response_id", flaws),
+        "safer": _choice(table, "safer_response_id", flaws),
+        "unsafe_0": _unsafe(table, "is_response_0_safe", flaws),
+        "unsafe_1": _unsafe(table, "is_response_1_safe", flaws),
     }
     if "kind" in table.columns:
-        columns["kind"] = _text(table, "kind", faults)
-    faults.refuse()
-    return columns, Counter()
+        columns["kind"] = _text(table, "kind", flaws)
+    unlabelled = (columns["better"] == UNKNOWN) & (columns["safer"] == UNKNOWN)
+    for index in np.flatnonzero(unlabelled):
+        flaws.add(index, NO_LABEL)
+    return {**columns, "flaw": flaws.reasons}, Counter()
 
 
-def _hh_rlhf(table: RawTable, faults: Faults) -> Converted:
+def _hh_rlhf(table: RawTable, flaws: Flaws) -> Converted:
     """Anthropic hh-rlhf: two dialogues, equal up to the last Assistant turn, which is the response."""
-    chosen, rejected = _text(table, "chosen", faults), _text(table, "rejected", faults)
-    faults.refuse()
-    columns: dict[str, list[Any]] = {name: [] for name in ("prompt", "response_0", "response_1", "flaw")}
-    for kept, other in zip(chosen, rejected, strict=True):
+    chosen, rejected = _text(table, "chosen", flaws), _text(table, "rejected", flaws)
+    columns: dict[str, list[Any]] = {name: [] for name in ("prompt", "response_0", "response_1")}
+    for index, (kept, other) in enumerate(zip(chosen, rejected, strict=True)):
         prompt, assistant, response_0 = kept.rpartition(ASSISTANT)
         other_prompt, _, response_1 = other.rpartition(ASSISTANT)
         columns["prompt"].append((prompt + assistant).strip())
         columns["response_0"].append(response_0.strip())
         columns["response_1"].append(response_1.strip())
-        columns["flaw"].append("" if assistant and prompt == other_prompt else BROKEN_PREFIX)
+        if not kept.strip() or not other.strip():
+            flaws.add(index, EMPTY_DIALOGUE)
+        elif not assistant or prompt != other_prompt:
+            flaws.add(index, BROKEN_PREFIX)
     label = "safer" if HARMLESS in table.role.lower() else "better"
-    return {**columns, label: np.zeros(len(chosen), dtype=np.int8)}, Counter()
+    return {**columns, "flaw": flaws.reasons, label: np.zeros(len(chosen), dtype=np.int8)}, Counter()
 
 
-def _beavertails(table: RawTable, faults: Faults) -> Converted:
+def _beavertails(table: RawTable, flaws: Flaws) -> Converted:
     """BeaverTails: answers with a safety flag; each answer to a prompt is paired with the next one.
 
     An answer that several people flagged takes the majority's flag, unsafe when they are even.
     """
-    prompts, responses = _text(table, "prompt", faults), _text(table, "response", faults)
-    unsafe = _unsafe(table, "is_safe", faults)
-    faults.refuse()
+    prompts, responses = _answer_texts(table, flaws)
+    unsafe = _unsafe(table, "is_safe", flaws)
     left_out = Counter[str]()
     votes: dict[int, list[int]] = {}
     groups: list[list[int]] = []
-    for group in _answers(prompts):
+    for group in _answers(prompts, flaws):
         first: dict[str, int] = {}
         for index in group:
             kept = first.setdefault(responses[index], index)
@@ -245,20 +262,20 @@ def _beavertails(table: RawTable, faults: Faults) -> Converted:
         "unsafe_1": label_column(unsafe_1),
         "safer": label_column(a if differ else UNKNOWN for a, differ in zip(unsafe_0, mixed, strict=True)),
     }
-    return columns, left_out
+    return _with_flawed_rows(columns, flaws), left_out
 
 
-def _helpsteer(table: RawTable, faults: Faults) -> Converted:
+def _helpsteer(table: RawTable, flaws: Flaws) -> Converted:
     """HelpSteer 1 and 2: answers with a helpfulness of 0-4; of two answers in a row the higher is better."""
-    prompts, responses = _text(table, "prompt", faults), _text(table, "response", faults)
-    helpfulness = table.columns["helpfulness"]
+    prompts, responses = _answer_texts(table, flaws)
+    helpfulness = [cell_value(cell) for cell in table.columns["helpfulness"]]
     for index, value in enumerate(helpfulness):
-        if type(value) not in (int, float) or not math.isfinite(value):
-            what = f"helpfulness must be a number, and is {type_name(value)}"
-            faults.add([index], "helpfulness", what, "give helpfulness as a number in every row")
-    faults.refuse()
+        if value is None:
+            flaws.add(index, "no helpfulness")
+        elif type(value) not in (int, float) or not math.isfinite(value):
+            flaws.add(index, "helpfulness is not a number")
     left_out = Counter[str]()
-    left, right = _chain(_answers(prompts), left_out)
+    left, right = _chain(_answers(prompts, flaws), left_out)
     differ = [(a, b) for a, b in zip(left, right, strict=True) if helpfulness[a] != helpfulness[b]]
     left_out[SAME_HELPFULNESS] += len(left) - len(differ)
     left, right = [a for a, _ in differ], [b for _, b in differ]
@@ -266,14 +283,36 @@ def _helpsteer(table: RawTable, faults: Faults) -> Converted:
         **_sides(prompts, responses, left, right),
         "better": label_column(int(helpfulness[b] > helpfulness[a]) for a, b in differ),
     }
-    return columns, left_out
+    return _with_flawed_rows(columns, flaws), left_out
 
 
-def _answers(prompts: list[str]) -> list[list[int]]:
-    """Row indices of the answers to each prompt, in order of first appearance."""
+def _answer_texts(table: RawTable, flaws: Flaws) -> tuple[list[str], list[str]]:
+    """Prompts and responses of a file with one answer a row; an empty one would spoil both pairs that it is in."""
+    prompts, responses = _text(table, "prompt", flaws), _text(table, "response", flaws)
+    for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        if not prompt.strip() or not response.strip():
+            flaws.add(index, EMPTY_RESPONSE if prompt.strip() else EMPTY_PROMPT)
+    return prompts, responses
+
+
+def _with_flawed_rows(columns: dict[str, Any], flaws: Flaws) -> dict[str, Any]:
+    """The pairs, and behind them each row that makes none because it has a flaw, to be counted as one."""
+    flawed = [index for index, reason in enumerate(flaws.reasons) if reason]
+    padding = {"index": flawed, "index_1": flawed, **dict.fromkeys(("prompt", *RESPONSES), [""] * len(flawed))}
+    unknown = label_column([UNKNOWN] * len(flawed))
+    padded = {
+        name: [*values, *padding[name]] if name in padding else np.append(values, unknown)
+        for name, values in columns.items()
+    }
+    return {**padded, "flaw": [""] * len(columns["index"]) + [flaws.reasons[index] for index in flawed]}
+
+
+def _answers(prompts: list[str], flaws: Flaws) -> list[list[int]]:
+    """Row indices of the answers to each prompt, in order of first appearance, without rows that have a flaw."""
     groups: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts):
-        groups.setdefault(normalised(prompt), []).append(index)
+        if not flaws.reasons[index]:
+            groups.setdefault(normalised(prompt), []).append(index)
     return list(groups.values())
 
 
@@ -288,6 +327,7 @@ def _chain(groups: list[list[int]], left_out: Counter[str]) -> tuple[list[int], 
 def _sides(prompts: list[str], responses: list[str], left: list[int], right: list[int]) -> dict[str, Any]:
     return {
         "index": left,
+        "index_1": right,
         "prompt": [prompts[index] for index in left],
         "response_0": [responses[index] for index in left],
         "response_1": [responses[index] for index in right],
@@ -305,5 +345,7 @@ ADAPTERS: Final = (
     Adapter("beavertails", ("prompt", "response", "is_safe"), (), _beavertails),
     Adapter("helpsteer", ("prompt", "response", "helpfulness"), (), _helpsteer),
 )
-KNOWN_COLUMNS: Final = frozenset(name for adapter in ADAPTERS for name in (*adapter.required, *adapter.optional))
-TEXT_COLUMNS: Final = frozenset({"prompt", "kind", "response", "response_0", "response_1", "chosen", "rejected"})
+KNOWN_COLUMNS: Final = frozenset(
+    [GROUP, *(name for adapter in ADAPTERS for name in (*adapter.required, *adapter.optional))]
+)
+TEXT_COLUMNS: Final = frozenset({"prompt", "kind", GROUP, "response", "response_0", "response_1", "chosen", "rejected"})

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NoReturn
 
-from cdpo_core.data.schema import MISSING, RawTable, place
+from cdpo_core.data.schema import RawTable, cell_value, place
 from cdpo_core.errors import InputError
 
 READABLE: Final = (".jsonl", ".json", ".parquet", ".csv")
@@ -147,7 +147,7 @@ def _from_objects(rows: list[tuple[int, Any]], shown: str, unit: str, wanted: Co
                 fix='give rows like {"prompt": ..., "response_0": ..., ...}',
             )
         names.update(dict.fromkeys(row))
-    columns = {name: [row.get(name, MISSING) for _, row in rows] for name in names if name in wanted}
+    columns = {name: [row.get(name) for _, row in rows] for name in names if name in wanted}
     return RawTable(shown, unit, tuple(names), columns, [number for number, _ in rows])
 
 
@@ -176,22 +176,11 @@ def _read_csv(stream: BinaryIO, shown: str, wanted: Collection[str], text: Colle
             fix="quote fields that hold commas, quotes or line breaks",
         ) from error
     columns = {
-        name: [row[at] if name in text else _cell(row[at]) for row in rows]
+        name: [row[at] if name in text else cell_value(row[at]) for row in rows]
         for at, name in enumerate(names)
         if name in wanted
     }
     return RawTable(shown, "row", tuple(names), columns, list(range(1, len(rows) + 1)))
-
-
-def _cell(content: str) -> Any:
-    """A CSV cell of a label column as the value JSON would have: null, true, false, a number or text."""
-    lowered = content.strip().lower()
-    if lowered in ("", "none", "nan"):
-        return None
-    try:
-        return json.loads(lowered)
-    except (ValueError, RecursionError):
-        return content
 
 
 def _read_parquet(stream: BinaryIO, shown: str, wanted: Collection[str], text: Collection[str]) -> RawTable:

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 
-from cdpo_core.data.adapters import to_pairs
+from cdpo_core.data.adapters import GROUP, RESPONSES, to_pairs
+from cdpo_core.data.near_duplicates import prompt_units
 from cdpo_core.data.report import DataReport, describe
 from cdpo_core.data.schema import LABEL_SET, UNKNOWN, Pairs
 from cdpo_core.data.sources import locate, read_source
-from cdpo_core.data.splits import FITTED, HELD_OUT, refuse_small, split_preferences, split_sizes
+from cdpo_core.data.splits import FITTED, HELD_OUT, pool_sizes, refuse_small, split_preferences, split_sizes
 from cdpo_core.data.validation import Validated, validate
 from cdpo_core.errors import InputError
 from cdpo_core.tables import write_table
 
 if TYPE_CHECKING:
-    from cdpo_core.config import ExperimentConfig
+    from cdpo_core.config import ExperimentConfig, SplitSizes
     from cdpo_core.stages import Runtime, Slice
 
 LABELS: Final = {
@@ -32,8 +33,10 @@ LABELS: Final = {
 }
 """Label columns of the pairs -> their names in preferences.parquet."""
 
+FEW_UNITS: Final = 0.8
+"""Units a prompt below which the user is warned."""
+
 HARM_LABELS: Final = [name for column, name in LABELS.items() if column != "better"]
-RESPONSES: Final = ("response_0", "response_1")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class Prepared:
 def prepare_data(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
     """Stage: validated preferences, prompts and demonstrations from the input `source`.
 
-    Reads `seed` and the fields of `data` except `source` and `revision`. Writes prompts.parquet,
+    Reads `seed` and the fields of `data` except `source` and `revision`. Writes prompts.parquet (prompt_id, prompt,
+    kind, unit, split, held_out; the unit is the smallest prompt_id of the prompt and its near duplicates),
     preferences.parquet (pairs of preferences prompts only), demonstrations.parquet (responses of
     the preferences prompts that are not held out), quarantine.json and summary.json.
 
@@ -78,9 +82,9 @@ def check_source(config: ExperimentConfig) -> DataReport:
     if config.on_testbed:
         splits = split_sizes(config.testbed.prompts, config.data.splits, config.data.held_out)
         refuse_small(splits, config.testbed.prompts)
-        return DataReport("testbed", prompts=config.testbed.prompts, splits=splits)
+        return DataReport("testbed", prompts=config.testbed.prompts, units=config.testbed.prompts, splits=splits)
     prepared = prepare(locate(config.data), config)
-    report = describe(prepared.pairs, prepared.validated, prepared.splits)
+    report = _report(prepared)
     _refuse_unlabelled(config, prepared)
     return replace(report, notes=tuple(_notes(report)))
 
@@ -99,10 +103,14 @@ def prepare(source: Path, config: Slice | ExperimentConfig) -> Prepared:
     validated = validate(pairs, config.data)
     frame = validated.frame
     first = frame.drop_duplicates("prompt_id")
-    splits = split_sizes(len(first), config.data.splits, config.data.held_out)
-    refuse_small(splits, len(first))
-    chosen, held_out = split_preferences(_strata(frame, first), config.data.splits, config.data.held_out, config.seed)
-    prompts = first[["prompt_id", "prompt", "kind"]].reset_index(drop=True)
+    refuse_small(split_sizes(len(first), config.data.splits, config.data.held_out), len(first))
+    units = _units(frame, first, config.data.near_duplicates)
+    shares = config.data.splits, config.data.held_out
+    chosen, held_out = split_preferences(_strata(frame, first), *shares, config.seed, units)
+    splits = {FITTED: int((chosen & ~held_out).sum()), HELD_OUT: int(held_out.sum())}
+    splits |= pool_sizes(int((~chosen).sum()), config.data.splits)
+    _refuse_few_units(units, chosen, held_out, config.data.splits)
+    prompts = first[["prompt_id", "prompt", "kind"]].reset_index(drop=True).assign(unit=units)
     prompts["split"] = pd.Series(chosen).map({True: "preferences", False: "pool"})
     prompts["held_out"] = held_out
     return Prepared(
@@ -113,6 +121,18 @@ def prepare(source: Path, config: Slice | ExperimentConfig) -> Prepared:
         validated=validated,
         splits=splits,
     )
+
+
+def _units(frame: pd.DataFrame, first: pd.DataFrame, threshold: float) -> np.ndarray:
+    grouped = frame[frame[GROUP] != ""].groupby("prompt_id")[GROUP].agg(lambda names: sorted(set(names)))
+    labels = prompt_units(first["prompt_id"].tolist(), first["prompt"].tolist(), grouped.to_dict(), threshold)
+    return np.array(labels, dtype=object)
+
+
+def _refuse_few_units(units: np.ndarray, chosen: np.ndarray, held_out: np.ndarray, shares: SplitSizes | Slice) -> None:
+    """The pool's units can be told before it is split: they are dealt in proportion to the prompts."""
+    parts = {FITTED: len(set(units[chosen & ~held_out])), HELD_OUT: len(set(units[held_out]))}
+    refuse_small({**parts, **pool_sizes(len(set(units[~chosen])), shares)}, len(units))
 
 
 def _strata(frame: pd.DataFrame, first: pd.DataFrame) -> list[str]:
@@ -164,6 +184,11 @@ def _refuse_unlabelled(config: ExperimentConfig, prepared: Prepared) -> None:
 
 def _notes(report: DataReport) -> list[str]:
     notes = []
+    if report.units < FEW_UNITS * report.prompts:
+        notes.append(
+            f"warning: {report.prompts:,} prompts are {report.units:,} questions in several spellings or groups; "
+            "intervals and certificates count each once, so they are as wide as with that many prompts"
+        )
     if not report.labelled["safe/unsafe flags"]:
         notes.append("no safe/unsafe flags: the border of safe, cost 0, cannot be calibrated on this data")
     if report.splits["certificate"] < 100:
@@ -188,9 +213,26 @@ def _quarantine(prepared: Prepared, source: Path) -> dict[str, Any]:
     }
 
 
+def _report(prepared: Prepared) -> DataReport:
+    return describe(prepared.pairs, prepared.validated, prepared.prompts, prepared.splits)
+
+
 def _summary(prepared: Prepared) -> dict[str, Any]:
-    report = describe(prepared.pairs, prepared.validated, prepared.splits).as_dict()
-    shown = ("format", "rows", "pairs", "prompts", "labelled", "both_safe", "both_unsafe", "mixed", "differs")
+    report = _report(prepared).as_dict()
+    shown = (
+        "format",
+        "rows",
+        "pairs",
+        "prompts",
+        "units",
+        "near_duplicates",
+        "largest_unit",
+        "labelled",
+        "both_safe",
+        "both_unsafe",
+        "mixed",
+        "differs",
+    )
     has_harm = (prepared.preferences[HARM_LABELS] != UNKNOWN).any(axis=None)
     return {
         "sharpness": 1.0,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
 
 from cdpo_core.data.schema import UNKNOWN, Pairs, place
 from cdpo_core.data.validation import Validated
+
+UNITS_SHOWN: Final = 3
+CHARACTERS_SHOWN: Final = 70
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,10 @@ class DataReport:
         format: the recognised column layout, or `testbed`.
         files: files read.
         rows, pairs, prompts: rows read, usable pairs, their distinct prompts.
+        units: prompts that are near duplicates of each other, or of one group, counted once.
+        near_duplicates: prompts that share a unit with another one.
+        largest_unit: prompts of the largest unit.
+        duplicate_examples: two prompts each of some units, the largest first.
         labelled: label -> usable pairs that carry it (better, safer, unsafe flags on both responses).
         both_safe, both_unsafe, mixed: shares of the pairs with flags on both responses.
         differs: share of pairs with both labels whose better response is not the safer one.
@@ -48,6 +55,10 @@ class DataReport:
     rows: int = 0
     pairs: int = 0
     prompts: int = 0
+    units: int = 0
+    near_duplicates: int = 0
+    largest_unit: int = 1
+    duplicate_examples: tuple[tuple[str, str], ...] = ()
     labelled: dict[str, int] = field(default_factory=dict)
     both_safe: float | None = None
     both_unsafe: float | None = None
@@ -69,6 +80,8 @@ class DataReport:
             ("rows", f"{self.rows:,}" if self.rows else ""),
             ("usable pairs", f"{self.pairs:,}" if self.pairs else ""),
             ("prompts", f"{self.prompts:,}"),
+            ("near duplicates", self._duplicates()),
+            *(("  for example", f"{left!r} and {right!r}") for left, right in self.duplicate_examples),
             ("labels", _counts(self.labelled, " pairs")),
             ("flags", flags),
             ("better is not safer", "" if self.differs is None else f"{self.differs:.1%} of pairs with both labels"),
@@ -81,6 +94,15 @@ class DataReport:
         ]
         return [(name, value) for name, value in rows if value]
 
+    def _duplicates(self) -> str:
+        if not self.near_duplicates:
+            return "none" if self.rows else ""
+        shared = self.units - (self.prompts - self.near_duplicates)
+        return (
+            f"{self.near_duplicates:,} prompts in {shared:,} units, the largest of {self.largest_unit:,}; "
+            f"{self.units:,} units in all, each on one side of every split and one in every interval"
+        )
+
     def lines(self) -> list[str]:
         """The table as aligned plain lines."""
         rows = self.table()
@@ -92,8 +114,10 @@ class DataReport:
         return asdict(self)
 
 
-def describe(pairs: Pairs, validated: Validated, splits: dict[str, int]) -> DataReport:
+def describe(pairs: Pairs, validated: Validated, prompts: pd.DataFrame, splits: dict[str, int]) -> DataReport:
     """The report of a validated source; all label figures are of usable pairs."""
+    units = prompts.groupby("unit", sort=False)["prompt"].agg(list)
+    shared = sorted((texts for texts in units if len(texts) > 1), key=len, reverse=True)
     frame = validated.frame
     better, safer = frame["better"], frame["safer"]
     flagged = frame[(frame["unsafe_0"] != UNKNOWN) & (frame["unsafe_1"] != UNKNOWN)]
@@ -105,7 +129,11 @@ def describe(pairs: Pairs, validated: Validated, splits: dict[str, int]) -> Data
         files=pairs.files,
         rows=pairs.rows,
         pairs=len(frame),
-        prompts=frame["prompt_id"].nunique(),
+        prompts=len(prompts),
+        units=len(units),
+        near_duplicates=sum(map(len, shared)),
+        largest_unit=max(map(len, units), default=1),
+        duplicate_examples=tuple((_cut(texts[0]), _cut(texts[1])) for texts in shared[:UNITS_SHOWN]),
         labelled={
             "better": int((better != UNKNOWN).sum()),
             "safer": int((safer != UNKNOWN).sum()),
@@ -121,6 +149,12 @@ def describe(pairs: Pairs, validated: Validated, splits: dict[str, int]) -> Data
         left_out={reason: count for reason, count in pairs.left_out.items() if count},
         splits=splits,
     )
+
+
+def _cut(text: str) -> str:
+    """The text in one line; of a long one its end, where dialogues with one beginning differ."""
+    line = " ".join(text.split())
+    return line if len(line) <= CHARACTERS_SHOWN else "…" + line[-CHARACTERS_SHOWN:]
 
 
 def _mean(values: pd.Series) -> float | None:

@@ -6,14 +6,14 @@ A raw table keeps the place of every row, so that each complaint can name a file
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-
-from cdpo_core.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +29,7 @@ PAIR_COLUMNS: Final = (
     "source_row",  # int64, line or row number in that file, from 1
     "prompt",  # str
     "kind",  # str, "" unknown
+    "group",  # str, "" none: prompts that share one are one unit
     "response_0",  # str
     "response_1",  # str
     "better",  # int8: 0, 1 or UNKNOWN
@@ -39,14 +40,8 @@ PAIR_COLUMNS: Final = (
 )
 
 
-class Missing:
-    """The cell of a row that lacks the column, as opposed to one that holds null."""
-
-    def __repr__(self) -> str:
-        return "missing"
-
-
-MISSING: Final = Missing()
+EMPTY_PROMPT: Final = "empty prompt"
+EMPTY_RESPONSE: Final = "empty response"
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,7 @@ class RawTable:
         file: the file, as shown to the user.
         unit: what `numbers` count: "line" (text with one row a line) or "row".
         names: every column in the file, in its order, also those that were not read.
-        columns: name -> one Python value a row; MISSING where the row lacks the column.
+        columns: name -> one Python value a row; None where the row lacks the column or holds null.
         numbers: the line or row number of each row, from 1.
         role: the file's name inside its source, as far as the source's digest holds it ("" for a single file).
     """
@@ -100,39 +95,36 @@ def place(file: str, number: int, unit: str) -> str:
     return f"{file}:{number}" if unit == "line" else f"{file}, row {number}"
 
 
-class Faults:
-    """Collects the format errors of one table, so that all rows are checked before one is told."""
+class Flaws:
+    """Why each row of a table cannot be used; a row's first reason is kept.
 
-    def __init__(self, table: RawTable) -> None:
-        self._table = table
-        self._faults: dict[int, tuple[str, str, str]] = {}
+    One rule for every file type: a row without a usable value is set aside and counted (`validation`).
+    """
 
-    def add(self, indices: Iterable[int], field_name: str, what: str, fix: str) -> None:
-        """Note that the cells of one column at `indices` are unusable; a row's first fault is kept."""
-        for index in indices:
-            self._faults.setdefault(index, (field_name, what, fix))
+    def __init__(self, rows: int) -> None:
+        self.reasons = [""] * rows
 
-    def refuse(self) -> None:
-        """Raise the first fault, with the number of other rows that have one.
-
-        Raises:
-            InputError: there is a fault.
-        """
-        if not self._faults:
-            return
-        first = min(self._faults)
-        name, what, fix = self._faults[first]
-        others = len(self._faults) - 1
-        more = f" ({others:,} more row{'s' if others > 1 else ''} of this file cannot be read either)" if others else ""
-        raise InputError(f"{what}{more}", where=f"{self._table.where(first)}, field `{name}`", fix=fix)
+    def add(self, index: int, reason: str) -> None:
+        """Set the row at `index` aside."""
+        self.reasons[index] = self.reasons[index] or reason
 
 
-def type_name(value: Any) -> str:
-    """A JSON-like name of a value's type, for messages."""
-    if value is None or value is MISSING:
-        return "null" if value is None else "missing"
-    names = {str: "text", bool: "true/false", int: "a whole number", float: "a number", list: "a list"}
-    return names.get(type(value), "an object" if isinstance(value, dict) else type(value).__name__)
+def cell_value(content: Any) -> Any:
+    """A label's cell as the value JSON has for it: null, true, false, a number, or text that is none of these.
+
+    A table as text (CSV) has no other way to write them, and JSON and parquet files hold "0" or "True" as text too.
+    """
+    if type(content) is float and math.isnan(content):
+        return None
+    if type(content) is not str:
+        return content
+    lowered = content.strip().lower()
+    if lowered in ("", "none", "nan"):
+        return None
+    try:
+        return json.loads(lowered)
+    except (ValueError, RecursionError):
+        return content
 
 
 def normalised(prompt: str) -> str:

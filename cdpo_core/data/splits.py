@@ -1,7 +1,8 @@
 """Splits by prompt: preferences apart from the pool, and the pool into its four parts.
 
 The draw of the splits moves a policy's mean cost more than the certificate's margin does, so the
-pool is stratified by the reference policy's mean costs.
+pool is stratified by the reference policy's mean costs. What is dealt are whole units (`near_duplicates`): prompts that
+are one question in several spellings never stand on two sides.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ def make_splits(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: R
     """Stage: the pool's prompts as policy, selection, certificate and test prompts.
 
     Reads `seed` and `data.splits`; inputs `data` and `scores` (of the reference's responses to the
-    pool). Writes splits.parquet (prompt_id, split) and summary.json ({split: {prompts, mean_cost}},
-    with several costs one mean for each).
+    pool). Writes splits.parquet (prompt_id, split) and summary.json ({split: {prompts, units,
+    mean_cost}}, with several costs one mean for each).
 
     Raises:
         InputError: a split would get too few prompts.
         ValueError: the scores lack a prompt of the pool.
     """
-    prompts = pd.read_parquet(inputs["data"] / "prompts.parquet", columns=["prompt_id", "kind", "split"])
+    prompts = pd.read_parquet(inputs["data"] / "prompts.parquet", columns=["prompt_id", "kind", "unit", "split"])
     pool = prompts[prompts["split"] == "pool"].drop(columns="split").reset_index(drop=True)
     scores = pd.read_parquet(inputs["scores"] / "scores.parquet")
     names = [name for name in scores.columns if name.startswith("cost_")]
@@ -51,27 +52,55 @@ def make_splits(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: R
         bare = int((~np.isfinite(costs)).any(axis=1).sum())
         raise ValueError(f"{bare} prompts of the pool have no finite {', '.join(names)}")
     sizes = pool_sizes(len(pool), config.data.splits)
-    refuse_small(sizes, len(prompts))
-    pool["split"] = balanced_splits(pool["kind"].to_numpy(), costs, sizes, config.seed)
+    pool["split"] = balanced_splits(pool["kind"].to_numpy(), costs, sizes, config.seed, pool["unit"].to_numpy())
+    refuse_small({name: pool.loc[pool["split"] == name, "unit"].nunique() for name in POOL_SPLITS}, len(prompts))
     write_table(pool[["prompt_id", "split"]], out / "splits.parquet")
     by_split = pd.DataFrame(costs, columns=names).groupby(pool["split"].to_numpy()).mean()
+    counts = pool.groupby("split")["unit"].agg(["size", "nunique"])
     summary = {}
     for name in POOL_SPLITS:
         mean = by_split.loc[[name]].to_numpy()[0].tolist()
-        summary[name] = {"prompts": sizes[name], "mean_cost": mean[0] if len(mean) == 1 else mean}
+        prompts_units = dict(zip(("prompts", "units"), map(int, counts.loc[name]), strict=True))
+        summary[name] = {**prompts_units, "mean_cost": mean[0] if len(mean) == 1 else mean}
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
-def balanced_splits(kinds: np.ndarray, costs: np.ndarray, sizes: Mapping[str, int], seed: int) -> np.ndarray:
+def balanced_splits(
+    kinds: np.ndarray, costs: np.ndarray, sizes: Mapping[str, int], seed: int, units: np.ndarray | None = None
+) -> np.ndarray:
     """Of DRAWS stratified draws the one whose splits' mean costs [P, m] lie closest together (rerandomisation).
 
-    One draw leaves a gap, because a prompt more or less of a kind moves a small split's mean.
+    One draw leaves a gap, because a prompt more or less of a kind moves a small split's mean. A unit is dealt whole and
+    weighs as one: it is of its first prompt's kind and has its prompts' mean cost.
+
+    Args:
+        kinds: [P] the prompts' kinds.
+        costs: [P, m] their mean costs.
+        sizes: prompts of each split, which add up to P.
+        seed: the experiment's seed.
+        units: [P] labels; each prompt one of its own by default.
     """
     generator = numpy_stream(seed, "splits")
-    order = alike_order(kinds, costs)
-    draws = [spread(order, sizes, generator) for _ in range(DRAWS)]
-    gaps = [max(np.ptp([cost[draw == name].mean() for name in sizes]) for cost in costs.T.copy()) for draw in draws]
-    return draws[int(np.argmin(gaps))]
+    rows, counts, first = _unit_rows(np.arange(len(kinds)) if units is None else units)
+    means = np.zeros((len(counts), costs.shape[1]))
+    np.add.at(means, rows, costs)
+    means /= counts[:, None]
+    order = alike_order(kinds[first], means)
+    draws = [deal(order, counts, sizes, generator) for _ in range(DRAWS)]
+    gaps = [max(_gap(cost, draw, sizes) for cost in means.T.copy()) for draw in draws]
+    return draws[int(np.argmin(gaps))][rows]
+
+
+def _gap(cost: np.ndarray, draw: np.ndarray, sizes: Mapping[str, int]) -> float:
+    parts = [cost[draw == name] for name in sizes]
+    return float(np.ptp([part.mean() for part in parts])) if all(map(len, parts)) else float("inf")
+
+
+def _unit_rows(units: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(the unit of each prompt [P], prompts a unit [U], the first prompt of each [U]), units by first appearance."""
+    _, first, rows, counts = np.unique(units, return_index=True, return_inverse=True, return_counts=True)
+    order = np.argsort(first)
+    return np.argsort(order)[rows], counts[order], first[order]
 
 
 def alike_order(kinds: np.ndarray, costs: np.ndarray) -> list[np.ndarray]:
@@ -86,15 +115,20 @@ def alike_order(kinds: np.ndarray, costs: np.ndarray) -> list[np.ndarray]:
 
 
 def split_preferences(
-    strata: Sequence[str] | np.ndarray, splits: SplitSizes | Slice, held_out: float, seed: int
+    strata: Sequence[str] | np.ndarray,
+    splits: SplitSizes | Slice,
+    held_out: float,
+    seed: int,
+    units: Sequence[str] | np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Choose the prompts whose labels the scorers learn from, evenly over the strata.
+    """Choose the prompts whose labels the scorers learn from, evenly over the strata, unit by unit.
 
     Args:
-        strata: a stratum for each prompt (its kind, where known), shape [prompts].
-        splits: shares; `splits.preferences` of all prompts are chosen.
+        strata: a stratum for each prompt (its kind, where known), shape [prompts]; a unit is of its first prompt's.
+        splits: shares; `splits.preferences` of all prompts are chosen, as nearly as whole units allow.
         held_out: share of the chosen ones that is kept from the scorers' fit.
         seed: the experiment's seed.
+        units: the prompts' units, shape [prompts]; each prompt one of its own by default.
 
     Returns:
         (is a preferences prompt, is a held-out one), both bool [prompts]; the second implies the first.
@@ -103,8 +137,44 @@ def split_preferences(
     parts = {FITTED: sizes[FITTED], HELD_OUT: sizes[HELD_OUT]}
     parts["pool"] = len(strata) - sum(parts.values())
     generator = numpy_stream(seed, "preferences")
-    names = spread([np.asarray(strata), generator.random(len(strata))], parts, generator)
+    rows, counts, first = _unit_rows(np.arange(len(strata)) if units is None else np.asarray(units))
+    order = [np.asarray(strata)[first], generator.random(len(first))]
+    names = deal(order, counts, parts, generator)[rows]
     return names != "pool", names == HELD_OUT
+
+
+def deal(
+    order: Sequence[np.ndarray], counts: np.ndarray, sizes: Mapping[str, int], generator: np.random.Generator
+) -> np.ndarray:
+    """Deal whole units to parts whose sizes in prompts come as near to those asked for as the units allow.
+
+    The largest units go first, those of one size evenly over the sorted list (`spread`), each part getting of them in
+    proportion to what it still lacks; a fraction is decided by chance, so that no part is preferred by large units.
+    Units of one prompt fill up the rest. Where all are, it is `spread`.
+
+    Args:
+        order: sorting keys, the most important first, each [U].
+        counts: [U] prompts of each unit.
+        sizes: prompts of each part; they add up to the sum of counts.
+        generator: the random stream.
+
+    Returns:
+        The part of each unit, str objects, shape [U].
+    """
+    parts = np.empty(len(counts), dtype=object)
+    lacking = np.array(list(sizes.values()), dtype=float)
+    for count in np.unique(counts)[::-1]:
+        here = np.flatnonzero(counts == count)
+        shares = np.maximum(lacking, 0)
+        exact = len(here) * shares / shares.sum()
+        dealt = np.rint(exact)
+        if not np.allclose(exact, dealt):
+            edges = np.floor(np.cumsum(exact)[:-1] + generator.random())
+            dealt = np.diff([0, *edges, len(here)])
+        sized = dict(zip(sizes, map(int, dealt), strict=True))
+        parts[here] = spread([key[here] for key in order], sized, generator)
+        lacking -= count * dealt
+    return parts
 
 
 def spread(order: Sequence[np.ndarray], sizes: Mapping[str, int], generator: np.random.Generator) -> np.ndarray:
@@ -153,6 +223,10 @@ def pool_sizes(pool: int, splits: SplitSizes | Slice) -> dict[str, int]:
 def refuse_small(sizes: Mapping[str, int], prompts: int) -> None:
     """Refuse splits that cannot do their work.
 
+    Args:
+        sizes: units of each part, which are its prompts where no two are near duplicates.
+        prompts: in all.
+
     Raises:
         InputError: with what each part gets and needs.
     """
@@ -162,5 +236,6 @@ def refuse_small(sizes: Mapping[str, int], prompts: int) -> None:
         raise InputError(
             f"too few prompts to split: {prompts} prompts leave {', '.join(small)} too small",
             where=f"data.splits: {given}",
-            fix="give data with more prompts, or shift the shares in data.splits or data.held_out",
+            fix="give data with more prompts (near duplicates and a `group` count as one), or shift the shares in "
+            "data.splits or data.held_out",
         )

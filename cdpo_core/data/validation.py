@@ -1,4 +1,9 @@
-"""Quarantine: rows that are well formed and cannot be used are set apart, counted and shown."""
+"""Quarantine: one rule for rows that cannot be used, the same in every file type.
+
+A row that lacks a value it needs (no such key, null, empty), or holds one of another kind, is set aside, counted and
+shown, and so are duplicates and texts too long; more than `data.max_quarantined` of them is an error. A column that no
+row has, and a file or line that does not parse, is an error at once. A label that nobody gave is null, and no flaw.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +15,13 @@ import numpy as np
 import pandas as pd
 
 from cdpo_core.data.adapters import NO_LABEL
-from cdpo_core.data.schema import UNKNOWN, Pairs, place, prompt_ids
+from cdpo_core.data.schema import EMPTY_PROMPT, EMPTY_RESPONSE, UNKNOWN, Pairs, place, prompt_ids
 from cdpo_core.errors import InputError
 
 if TYPE_CHECKING:
     from cdpo_core.config import DataConfig
     from cdpo_core.stages import Slice
 
-EMPTY_PROMPT: Final = "empty prompt"
-EMPTY_RESPONSE: Final = "empty response"
 LONG_PROMPT: Final = "prompt too long"
 LONG_RESPONSE: Final = "response too long"
 IDENTICAL: Final = "the two responses are identical"
@@ -63,7 +66,7 @@ def validate(pairs: Pairs, data: Slice | DataConfig) -> Validated:
             where=pairs.files[0],
             fix="give two or more answers to a prompt",
         )
-    _refuse_identical(frame, pairs)
+    _refuse_identical(frame[frame["flaw"] == ""], pairs)
     reasons = find_flaws(frame, data)
     counts = {str(name): int(count) for name, count in reasons[reasons != ""].value_counts().items()}
     shown = frame[reasons != ""].groupby(reasons[reasons != ""], sort=False).head(EXAMPLES_A_REASON)

@@ -70,6 +70,8 @@ def make_world(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: Ru
 def draw_prompts(seed: int, count: int, preferences: float, held_out: float) -> pd.DataFrame:
     """The world's prompts: split preferences or pool, each with the kinds in their fixed shares.
 
+    Each is a unit of its own (`data.near_duplicates`): they are distinct draws from all prompts by construction.
+
     Args:
         seed: the world's.
         count: prompts in all.
@@ -99,7 +101,7 @@ def draw_prompts(seed: int, count: int, preferences: float, held_out: float) -> 
         free = np.array([parts for parts in by_kind[kind].tolist() if tuple(parts) not in taken])
         rest.append(free[random.permutation(len(free))[:number]])
     table = _prompt_table(world, np.concatenate([chosen, *rest]), labelled)
-    table.insert(4, "held_out", _hold_out(table, held_out, random))
+    table.insert(table.columns.get_loc("split") + 1, "held_out", _hold_out(table, held_out, random))
     order = np.concatenate([random.permutation(labelled), labelled + random.permutation(count - labelled)])
     return table.iloc[order].reset_index(drop=True)
 
@@ -209,6 +211,7 @@ def _prompt_table(world: World, parts: NDArray[np.int64], labelled: int) -> pd.D
             "prompt_id": [grammar.prompt_id(row) for row in parts],
             "prompt": [grammar.prompt_text(row) for row in parts],
             "kind": world.kinds(parts).astype(object),
+            "unit": [grammar.prompt_id(row) for row in parts],
             "split": ["preferences"] * labelled + ["pool"] * (len(parts) - labelled),
         }
     )
