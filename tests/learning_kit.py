@@ -96,7 +96,7 @@ def write_data(folder: Path, pairs: int = 12, demonstrations: int = 300) -> Path
     labelled = (number + number // len(WORDS)) % 2 == 0
     held_out = labelled & (number >= 16)
     split = np.where(labelled, "preferences", "pool")
-    table = {"prompt_id": ids, "prompt": prompts, "kind": "", "split": split, "held_out": held_out}
+    table = {"prompt_id": ids, "prompt": prompts, "kind": "", "unit": ids, "split": split, "held_out": held_out}
     pd.DataFrame(table).to_parquet(folder / "prompts.parquet", index=False)
     rows = [
         _pair(ids[p], prompts[p], random.choice(answers, 2), random)

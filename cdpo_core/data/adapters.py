@@ -211,7 +211,7 @@ def _pku_saferlhf(table: RawTable, flaws: Flaws) -> Converted:
     if "kind" in table.columns:
         columns["kind"] = _text(table, "kind", flaws)
     unlabelled = (columns["better"] == UNKNOWN) & (columns["safer"] == UNKNOWN)
-    for index in np.flatnonzero(unlabelled):
+    for index in np.flatnonzero(unlabelled).tolist():
         flaws.add(index, NO_LABEL)
     return {**columns, "flaw": flaws.reasons}, Counter()
 
@@ -298,7 +298,11 @@ def _answer_texts(table: RawTable, flaws: Flaws) -> tuple[list[str], list[str]]:
 def _with_flawed_rows(columns: dict[str, Any], flaws: Flaws) -> dict[str, Any]:
     """The pairs, and behind them each row that makes none because it has a flaw, to be counted as one."""
     flawed = [index for index, reason in enumerate(flaws.reasons) if reason]
-    padding = {"index": flawed, "index_1": flawed, **dict.fromkeys(("prompt", *RESPONSES), [""] * len(flawed))}
+    padding: dict[str, list[Any]] = {
+        "index": flawed,
+        "index_1": flawed,
+        **dict.fromkeys(("prompt", *RESPONSES), [""] * len(flawed)),
+    }
     unknown = label_column([UNKNOWN] * len(flawed))
     padded = {
         name: [*values, *padding[name]] if name in padding else np.append(values, unknown)

@@ -35,7 +35,7 @@ def make_splits(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: R
     """Stage: the pool's prompts as policy, selection, certificate and test prompts.
 
     Reads `seed` and `data.splits`; inputs `data` and `scores` (of the reference's responses to the
-    pool). Writes splits.parquet (prompt_id, split) and summary.json ({split: {prompts, units,
+    pool). Writes splits.parquet (prompt_id, unit, split) and summary.json ({split: {prompts, units,
     mean_cost}}, with several costs one mean for each).
 
     Raises:
@@ -54,7 +54,7 @@ def make_splits(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: R
     sizes = pool_sizes(len(pool), config.data.splits)
     pool["split"] = balanced_splits(pool["kind"].to_numpy(), costs, sizes, config.seed, pool["unit"].to_numpy())
     refuse_small({name: pool.loc[pool["split"] == name, "unit"].nunique() for name in POOL_SPLITS}, len(prompts))
-    write_table(pool[["prompt_id", "split"]], out / "splits.parquet")
+    write_table(pool[["prompt_id", "unit", "split"]], out / "splits.parquet")
     by_split = pd.DataFrame(costs, columns=names).groupby(pool["split"].to_numpy()).mean()
     counts = pool.groupby("split")["unit"].agg(["size", "nunique"])
     summary = {}

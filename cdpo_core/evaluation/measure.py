@@ -18,8 +18,10 @@ class Measured:
     """Scored responses, one row each.
 
     Attributes:
-        table: prompt_id, sample, response, finished, log_prob, ref_log_prob, reward, cost_<name>; in (prompt, sample)
-            order.
+        table: prompt_id, sample, response, finished, log_prob, ref_log_prob, unit, reward, cost_<name>; in (prompt,
+            sample) order. A unit is what every interval and test counts as one observation: a prompt with its near
+            duplicates (`data.near_duplicates`), which have equally many responses; without the column each prompt
+            is one.
         sources: the responses' and the scores' artifacts, where they come from a store.
     """
 
@@ -30,32 +32,44 @@ class Measured:
     def _prompts(self) -> np.ndarray:
         return self.table["prompt_id"].to_numpy()
 
+    @property
+    def _units(self) -> np.ndarray:
+        return self.table["unit" if "unit" in self.table else "prompt_id"].to_numpy()
+
+    def counts(self) -> tuple[int, int]:
+        """(prompts, units)."""
+        return len(set(self._prompts)), len(set(self._units))
+
+    def units(self) -> dict[str, str]:
+        """The unit of each prompt."""
+        return dict(zip(self._prompts, self._units, strict=True))
+
     def prompts(self) -> list[str]:
         """The prompts' ids, sorted: the order of `prompt_costs`."""
         return sorted(self.table["prompt_id"].unique())
 
     def reward(self) -> Estimate:
-        """Mean reward with its 95 % interval, prompts being the independent unit."""
-        return metrics.cluster_mean(self.table["reward"].to_numpy(float), self._prompts)
+        """Mean reward with its 95 % interval, units being the observations."""
+        return metrics.cluster_mean(self.table["reward"].to_numpy(float), self._units)
 
     def cost(self, name: str) -> Estimate:
         """Mean cost (calibrated units) with its 95 % interval."""
-        return metrics.cluster_mean(self.table[f"cost_{name}"].to_numpy(float), self._prompts)
+        return metrics.cluster_mean(self.table[f"cost_{name}"].to_numpy(float), self._units)
 
     def kl(self) -> Estimate:
         """KL(π‖π_ref) in nats, over π's own samples."""
         log_prob, ref_log_prob = (self.table[name].to_numpy(float) for name in ("log_prob", "ref_log_prob"))
-        return metrics.kl_divergence(log_prob, ref_log_prob, self._prompts)
+        return metrics.kl_divergence(log_prob, ref_log_prob, self._units)
 
     def safe_rate(self, names: Sequence[str]) -> Estimate:
         """Share of responses of which every cost is at most 0, the border of safe."""
-        return metrics.safe_rate(self.costs(names), self._prompts)
+        return metrics.safe_rate(self.costs(names), self._units)
 
     def unfinished(self) -> Estimate | None:
         """Share of responses that were cut at the longest length instead of ending; None where it was not recorded."""
         if "finished" not in self.table:
             return None
-        return metrics.cluster_share(~self.table["finished"].to_numpy(bool), self._prompts)
+        return metrics.cluster_share(~self.table["finished"].to_numpy(bool), self._units)
 
     def spread(self, name: str) -> float | None:
         """Deviation of a cost among the different responses to the same prompt; None where no prompt has two.
@@ -73,7 +87,7 @@ class Measured:
     def win_rate(self, other: Measured) -> Estimate:
         """Probability that a response earns more reward than another policy's to the same prompt; ties count half."""
         mine, theirs = self.table["reward"].to_numpy(float), other.table["reward"].to_numpy(float)
-        return metrics.win_rate(mine, self._prompts, theirs, other._prompts)
+        return metrics.win_rate(mine, self._prompts, theirs, other._prompts, self.units())
 
     def costs(self, names: Sequence[str]) -> np.ndarray:
         """[N, m] costs of the responses (calibrated units)."""
@@ -84,6 +98,15 @@ class Measured:
         columns = [f"cost_{name}" for name in names]
         means = self.table.groupby("prompt_id")[columns].mean().sort_index()
         return means.set_axis(list(names), axis=1)
+
+    def unit_costs(self, names: Sequence[str]) -> pd.DataFrame:
+        """Each unit's mean costs, over its prompts': index unit (sorted), a column for each name.
+
+        These are the observations of a test; a unit is named by the id of one of its prompts, all of them in one split.
+        """
+        means = self.prompt_costs(names)
+        units = self.units()
+        return means.groupby([units[name] for name in means.index]).mean().rename_axis("unit").sort_index()
 
     def summary(
         self, names: Sequence[str], other: Measured | None = None, kinds: Mapping[str, str] | None = None
@@ -115,15 +138,15 @@ class Measured:
     def _beyond_the_mean(
         self, names: Sequence[str], reference: Measured, kinds: Mapping[str, str]
     ) -> dict[str, Estimate | None]:
-        costs, prompts = self.costs(names), self._prompts
+        costs, prompts, units = self.costs(names), self._prompts, self._units
         means = reference.prompt_costs(names[:1])[names[0]]
         benign = tails.benign_prompts(kinds, dict(zip(map(str, means.index), map(float, means), strict=True)))
         return {
-            "cvar": tails.cvar(costs[:, 0], prompts),
-            "unsafe_prompts": tails.unsafe_prompts(costs[:, 0], prompts),
-            "reward_where_safe": tails.reward_where_safe(self.table["reward"].to_numpy(float), costs, prompts),
-            "over_refusal": tails.over_refusal(self.table["response"].tolist(), prompts, benign),
-            **{f"cost/{kind}": value for kind, value in tails.cost_by_kind(costs[:, 0], prompts, kinds).items()},
+            "cvar": tails.cvar(costs[:, 0], units),
+            "unsafe_prompts": tails.unsafe_prompts(costs[:, 0], prompts, units),
+            "reward_where_safe": tails.reward_where_safe(self.table["reward"].to_numpy(float), costs, units),
+            "over_refusal": tails.over_refusal(self.table["response"].tolist(), prompts, benign, units),
+            **{f"cost/{kind}": value for kind, value in tails.cost_by_kind(costs[:, 0], prompts, kinds, units).items()},
         }
 
 

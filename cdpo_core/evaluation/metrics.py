@@ -1,12 +1,15 @@
 """Figures of merit of a policy, each with an interval that counts prompts and not responses.
 
 The responses to one prompt share its difficulty, so they are one observation: every interval here is
-clustered by prompt. Pure functions of numpy float64 arrays, one row a response.
+clustered by prompt. Where prompts are near duplicates of each other their unit (`data.near_duplicates`) is the
+observation, and its label is given in place of the prompt's. Pure functions of numpy float64 arrays, one row
+a response.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,7 +103,13 @@ def safe_rate(costs: np.ndarray, prompt_ids: np.ndarray) -> Estimate:
     return cluster_share(np.all(np.asarray(costs) <= 0, axis=1), prompt_ids)
 
 
-def win_rate(reward: np.ndarray, prompt_ids: np.ndarray, rival: np.ndarray, rival_ids: np.ndarray) -> Estimate:
+def win_rate(
+    reward: np.ndarray,
+    prompt_ids: np.ndarray,
+    rival: np.ndarray,
+    rival_ids: np.ndarray,
+    units: Mapping[str, str] | None = None,
+) -> Estimate:
     """Probability that a response has a larger reward than a rival policy's to the same prompt (tie: half).
 
     Every response is compared with every rival response of its prompt.
@@ -108,6 +117,7 @@ def win_rate(reward: np.ndarray, prompt_ids: np.ndarray, rival: np.ndarray, riva
     Args:
         reward: [N] float; prompt_ids: [N].
         rival: [M] float; rival_ids: [M].
+        units: of the prompts, which are the observations; each prompt is its own by default.
 
     Raises:
         ValueError: the two policies share no prompt.
@@ -120,7 +130,7 @@ def win_rate(reward: np.ndarray, prompt_ids: np.ndarray, rival: np.ndarray, riva
     for prompt in shared:
         difference = reward[prompt_ids == prompt][:, None] - rival[rival_ids == prompt]
         wins.append(float((difference > 0).mean() + 0.5 * (difference == 0).mean()))
-    return cluster_share(np.asarray(wins), shared)
+    return cluster_share(np.asarray(wins), shared if units is None else np.array([units[name] for name in shared]))
 
 
 def kl_divergence(log_prob: np.ndarray, ref_log_prob: np.ndarray, prompt_ids: np.ndarray) -> Estimate:

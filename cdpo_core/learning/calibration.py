@@ -74,7 +74,12 @@ def _logistic(design: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def scorer_report(
-    scores: np.ndarray, higher: np.ndarray, unsafe: np.ndarray, prompt_ids: np.ndarray, sharpness: float
+    scores: np.ndarray,
+    higher: np.ndarray,
+    unsafe: np.ndarray,
+    prompt_ids: np.ndarray,
+    sharpness: float,
+    units: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """A scorer's figures on held-out labels.
 
@@ -82,34 +87,37 @@ def scorer_report(
         scores: [N, 2] float64, calibrated.
         higher: [N], which response the label says scores higher, -1 unknown.
         unsafe: [N, 2], flags, -1 unknown.
-        prompt_ids: [N], the prompts, which are the independent unit.
+        prompt_ids: [N], the prompts.
         sharpness: log-odds of a label per calibrated unit.
+        units: [N], the prompts' units (`data.near_duplicates`), which are the observations; the prompts by default.
 
     Returns:
         accuracy on the labelled pairs (ties count half) with its 95 % interval low .. high, null
-        where there are too few; pairs, prompts; `warning`, "" if there is nothing to warn of; for a
+        where there are too few; pairs, prompts, units; `warning`, "" if there is nothing to warn of; for a
         cost with flags also flag_accuracy, flag_auc, `calibration_error` and `reliability`: bins of
         predicted probability of unsafe, each {predicted, observed, count}.
     """
     labelled = higher >= 0
     gap = (scores[:, 1] - scores[:, 0])[labelled] * (2 * higher[labelled].astype(int) - 1)
-    correct, prompts = (gap > 0) + 0.5 * (gap == 0), prompt_ids[labelled]
-    report: dict[str, Any] = {"pairs": int(labelled.sum()), "prompts": len(set(prompts))}
+    units = prompt_ids if units is None else units
+    correct, clusters = (gap > 0) + 0.5 * (gap == 0), units[labelled]
+    counts = {"prompts": len(set(prompt_ids[labelled])), "units": len(set(clusters))}
+    report: dict[str, Any] = {"pairs": int(labelled.sum()), **counts}
     accuracy = low = high = None
-    if report["prompts"] > 1:
-        estimate = cluster_mean(correct, prompts)
+    if report["units"] > 1:
+        estimate = cluster_mean(correct, clusters)
         accuracy, low, high = estimate.mean, max(estimate.low, 0.0), min(estimate.high, 1.0)
     report |= {"accuracy": accuracy, "low": low, "high": high, "warning": _warning(accuracy, low, high)}
     known = unsafe.reshape(-1) >= 0
     if known.any():
-        flags, ids = unsafe.reshape(-1)[known] == 1, np.repeat(prompt_ids, 2)[known]
+        flags, ids = unsafe.reshape(-1)[known] == 1, np.repeat(units, 2)[known]
         report |= _flag_report(scores.reshape(-1)[known], flags, sharpness)
         report["calibration_error"] = calibration_error(scores.reshape(-1)[known], flags, ids, sharpness)
     return report
 
 
 def calibration_error(scores: np.ndarray, unsafe: np.ndarray, prompt_ids: np.ndarray, sharpness: float) -> float:
-    """Standard error of the calibrated shift, the prompts being the independent unit (Huber's sandwich).
+    """Standard error of the calibrated shift, the prompts (or their units) being the observations (Huber's sandwich).
 
     Where costs have their zero is learned from the flags of the held-out prompts alone, so every mean
     cost is off by about this much, the same way for all policies.
@@ -117,7 +125,7 @@ def calibration_error(scores: np.ndarray, unsafe: np.ndarray, prompt_ids: np.nda
     Args:
         scores: [N] float64, calibrated.
         unsafe: [N] bool.
-        prompt_ids: [N].
+        prompt_ids: [N], or the labels of their units.
         sharpness: log-odds of a flag per calibrated unit.
 
     Returns:

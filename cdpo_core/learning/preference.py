@@ -41,6 +41,7 @@ class LabelledPairs:
 
     Attributes:
         prompt_ids: [N] str.
+        units: [N] str, the prompts' units: what counts as one observation.
         prompts: N prompts.
         responses: N pairs of responses.
         higher: [N, heads] int8, which response the label says scores higher (for the reward the
@@ -49,6 +50,7 @@ class LabelledPairs:
     """
 
     prompt_ids: np.ndarray
+    units: np.ndarray
     prompts: list[str]
     responses: list[tuple[str, str]]
     higher: np.ndarray
@@ -61,6 +63,7 @@ class LabelledPairs:
         """The pairs in these rows [n] int."""
         return LabelledPairs(
             self.prompt_ids[rows],
+            self.units[rows],
             [self.prompts[row] for row in rows],
             [self.responses[row] for row in rows],
             self.higher[rows],
@@ -125,7 +128,8 @@ def train_scorers(config: Slice, inputs: Mapping[str, Path], out: Path, runtime:
             "shift": float(scorer.shift[index]),
             "ceiling": end if math.isfinite(end) else None,
         }
-        report[head["name"]] = {**scorer_report(scores[:, :, index], *labels, sharpness), **units, **told}
+        figures = scorer_report(scores[:, :, index], *labels, sharpness, held_out.units)
+        report[head["name"]] = {**figures, **units, **told}
     save_scorer(scorer, out)
     write_json(out / "report.json", report)
     write_json(out / "training.json", {"steps": records})
@@ -184,6 +188,7 @@ def load_pairs(
     return tuple(  # type: ignore[return-value]
         LabelledPairs(
             prompt_ids=table["prompt_id"].to_numpy()[part],
+            units=prompts["unit"].loc[table["prompt_id"]].to_numpy()[part],
             prompts=prompts["prompt"].loc[table["prompt_id"]].to_numpy()[part].tolist(),
             responses=list(zip(table["response_0"][part], table["response_1"][part], strict=True)),
             higher=higher[part],

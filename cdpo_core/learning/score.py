@@ -25,8 +25,8 @@ def score_responses(config: Slice, inputs: Mapping[str, Path], out: Path, runtim
         config: constraints (list of {name, labels}), oracle (whether the testbed's truth scores).
         inputs: data (prompts; world.json if oracle), responses, scorers_0, scorers_1, ... with
             together a head `reward` and one for each constraint.
-        out: gets scores.parquet: prompt_id, sample, reward, cost_<name> (float64, calibrated units),
-            rows as in responses.parquet.
+        out: gets scores.parquet: prompt_id, sample, unit (of the prompt: what counts as one observation), reward,
+            cost_<name> (float64, calibrated units), rows as in responses.parquet.
         runtime: device, micro_batch (texts), scratch, progress.
 
     Raises:
@@ -36,7 +36,9 @@ def score_responses(config: Slice, inputs: Mapping[str, Path], out: Path, runtim
     names = [item["name"] for item in config.constraints]
     score = _truth if config.oracle else _learned
     values = score(config, inputs, responses, runtime)
-    table = responses[["prompt_id", "sample"]].assign(reward=values["reward"])
+    units = pd.read_parquet(inputs["data"] / "prompts.parquet", columns=["prompt_id", "unit"]).set_index("prompt_id")
+    unit = units["unit"].loc[responses["prompt_id"]].to_numpy()
+    table = responses[["prompt_id", "sample"]].assign(unit=unit, reward=values["reward"])
     for name in names:
         table[f"cost_{name}"] = values[name]
     write_table(table, out / "scores.parquet")
