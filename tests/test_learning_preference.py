@@ -302,7 +302,7 @@ def test_scores_are_written_in_the_order_of_the_responses(
     given = {**inputs, "responses": responses, "scorers_0": trained}
     score_responses(config, given, tmp_path, Runtime())
     table = pd.read_parquet(tmp_path / "scores.parquet")
-    assert list(table.columns) == ["prompt_id", "sample", "reward", "cost_harm"]
+    assert list(table.columns) == ["prompt_id", "sample", "unit", "reward", "cost_harm"]
     assert table["prompt_id"].tolist() == [row[0] for row in rows]
     prompts = pd.read_parquet(inputs["data"] / "prompts.parquet").set_index("prompt_id")["prompt"]
     expected = load_scorer(trained).score([prompts[name] for name, _ in rows], [text for _, text in rows])
