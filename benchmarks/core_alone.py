@@ -15,10 +15,9 @@ from pathlib import Path
 
 from cdpo_core import pipeline
 from cdpo_core.artifacts import Manifest, files_digest, folder_files
-from cdpo_core.code_version import code_version
 from cdpo_core.local_store import LocalStore
 from cdpo_core.machine import use_machine
-from cdpo_core.stages import Runtime, Slice, Stage
+from cdpo_core.stages import Runtime, Slice, Stage, stage_code
 
 APART = ("prefect", "mlflow", "boto3")
 
@@ -46,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def identity(stage: Stage) -> tuple[str, str]:
     """What tells a stage from the others in a manifest."""
-    return stage.name, code_version(stage.compute.__module__)
+    return stage.name, stage_code(stage)
 
 
 def in_order(manifests: Sequence[Manifest]) -> Iterator[Manifest]:

@@ -173,12 +173,12 @@ def stage_key(stage: Stage, slice_: Slice, inputs: Mapping[str, ArtifactRef]) ->
         "stage": stage.name,
         "slice": slice_.as_dict(),
         "inputs": {name: ref.digest for name, ref in inputs.items()},
-        "code": _code(stage),
+        "code": stage_code(stage),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def _code(stage: Stage) -> str:
+def stage_code(stage: Stage) -> str:
     """Version of the function and of how it is called, which no stage's module imports."""
     return hashlib.sha256(f"{code_version(stage.compute.__module__)} {code_version(CALLER)}".encode()).hexdigest()
 
@@ -305,7 +305,7 @@ def _compute(
                 files=files,
                 slice=slice_.as_dict(),
                 inputs={name: ref.digest for name, ref in inputs.items()},
-                code=_code(stage),
+                code=stage_code(stage),
                 created=datetime.now(UTC).isoformat(timespec="milliseconds"),
                 seconds=round(time.monotonic() - started, 3),
                 cpu_seconds=round(time.process_time() - cpu_started + apart, 3),
