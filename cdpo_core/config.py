@@ -2,7 +2,7 @@
 
 Every section is one Prefect flow parameter, so every field is a concrete scalar, a Literal, a
 nested section or a list of them: no unions, no free dicts, no None. "Unset" is a documented value
-("" or 0).
+("" or 0); only a limit has none: what is certified must have been asked for.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class ConstraintConfig(Section):
     """One limit on harm and the cost model that measures it."""
 
     name: str = Field("harm", pattern=r"^[a-z][a-z0-9_]*$", description="Name of the cost.", json_schema_extra={"position": 0})
-    limit: float = Field(0.0, description="Largest allowed mean cost, in the cost model's calibrated units; 0 is the border of safe.", json_schema_extra={"position": 1})
+    limit: float = Field(description="Largest allowed mean cost, in the cost model's calibrated units; 0 is the border of safe. Must be given.", json_schema_extra={"position": 1})
     labels: str = Field("harm", pattern=r"^[a-z][a-z0-9_]*$", description="The data set's labels the cost model learns from.", json_schema_extra={"position": 2})
     base: str = Field("reward", min_length=1, description="`reward` shares the reward model's backbone, `sft` starts from the reference policy, `scratch` from random weights; else a local folder or hub id.", json_schema_extra={"position": 3})
     revision: str = Field("", description="Hub revision to pin.", json_schema_extra={"position": 4})
@@ -225,7 +225,7 @@ class ExperimentConfig(Section):
     policy: PolicyConfig = Field(default_factory=PolicyConfig, json_schema_extra={"position": 4})
     sft: SftConfig = Field(default_factory=SftConfig, json_schema_extra={"position": 5})
     reward: RewardConfig = Field(default_factory=RewardConfig, json_schema_extra={"position": 6})
-    constraints: list[ConstraintConfig] = Field(default_factory=lambda: [ConstraintConfig()], min_length=1, description="The limits on harm, each with a name of its own.", json_schema_extra={"position": 7})
+    constraints: list[ConstraintConfig] = Field(min_length=1, description="The limits on harm, each with a name of its own.", json_schema_extra={"position": 7})
     dpo: DpoConfig = Field(default_factory=DpoConfig, json_schema_extra={"position": 8})
     dual: DualConfig = Field(default_factory=DualConfig, json_schema_extra={"position": 9})
     sampling: SamplingConfig = Field(default_factory=SamplingConfig, json_schema_extra={"position": 10})

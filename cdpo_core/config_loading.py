@@ -28,12 +28,15 @@ def preset_names() -> list[str]:
     )
 
 
-def load_config(source: str, overrides: Mapping[str, Any] | None = None) -> ExperimentConfig:
+def load_config(
+    source: str, overrides: Mapping[str, Any] | None = None, *, limit: float | None = None
+) -> ExperimentConfig:
     """Read a config, put the overrides over it and validate the whole once.
 
     Args:
         source: path of a YAML file, or the name of a shipped preset; "" starts from the defaults.
         overrides: values by dotted path (`dpo.beta`, `constraints.0.limit`); text is parsed as the field's type.
+        limit: of the first constraint where none is said, for what has its limits from elsewhere or needs none.
 
     Raises:
         InputError: naming the file and field, what was wrong, and what is allowed.
@@ -43,6 +46,8 @@ def load_config(source: str, overrides: Mapping[str, Any] | None = None) -> Expe
     given = dict(overrides or {})
     for path, value in given.items():
         _put(values, path, value)
+    if limit is not None:
+        _say_limit(values, limit)
     try:
         return ExperimentConfig.model_validate(values)
     except ValidationError as error:
@@ -176,6 +181,13 @@ def _put(values: dict[str, Any], path: str, value: Any) -> None:
         raise _no_fields(".".join(parents), path)
 
 
+def _say_limit(values: dict[str, Any], limit: float) -> None:
+    """Give the first constraint a limit if the config states none."""
+    constraints = values.setdefault("constraints", [{}])
+    if isinstance(constraints, list) and constraints and isinstance(constraints[0], dict):
+        constraints[0].setdefault("limit", limit)
+
+
 def _structure(path: str, text: str) -> Any:
     try:
         return read_yaml(text)
@@ -202,7 +214,7 @@ def _enter(target: Any, part: str, above: str, path: str) -> Any:
     if not isinstance(target, dict):
         raise _no_fields(above, path)
     if target.get(part) is None:
-        # The default config has one constraint, which `--constraints.0.limit` speaks of.
+        # One constraint is the common case: `--constraints.0.limit` makes it.
         target[part] = [{}] if part == "constraints" and not above else {}
     return target[part]
 

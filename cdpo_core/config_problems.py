@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 LineNumbers = dict[str, int]
 Location = Sequence[int | str]
 
+_LIMIT = re.compile(r"constraints\.\d+\.limit")
+GIVE_LIMIT = (
+    "say how much mean cost is allowed, in the cost model's units (0 is the border of safe): `limit: -0.5` in the "
+    "constraint, or --limit -0.5"
+)
 MOST_SHOWN = 6
 MUST = {
     "bool_parsing": "must be true or false",
@@ -96,7 +101,11 @@ def _describe(entry: ErrorDetails, where: str, lines: LineNumbers, overrides: Co
     """What was wrong, where, and what to do, of one complaint."""
     location = entry["loc"]
     path = ".".join(map(str, location))
-    if entry["type"] == "extra_forbidden":
+    if path == "constraints" and entry["type"] == "missing":
+        path = "constraints.0.limit"
+    if _LIMIT.fullmatch(path) and (entry["type"] == "missing" or entry["input"] in (None, "")):
+        what, fix = f"{path}: a limit is required", GIVE_LIMIT
+    elif entry["type"] == "extra_forbidden":
         what, fix = _unknown_field(location)
     elif entry["type"] == "value_error":
         message = str(entry["ctx"]["error"])

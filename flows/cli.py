@@ -17,6 +17,7 @@ from cdpo_core.errors import InputError
 from cdpo_core.plain_text import indented, one_line
 from flows.begin import begin
 from flows.command_line import (
+    ANY_LIMIT,
     EXAMPLES,
     FIELDS,
     AtOnce,
@@ -156,7 +157,7 @@ def sweep(
 
     numbers, all_seeds, vary = parse_limits(limits), parse_seeds(seeds) if seeds else [], set_ or []
     chosen = {**(overrides or {}), **({"dpo.conditional": "true"} if conditional else {})}
-    experiment = _load(config, {**chosen, **_shortcuts(None, None, store, name)}, json)
+    experiment = _load(config, {**chosen, **_shortcuts(None, None, store, name)}, json, limit=min(numbers))
     varied = combinations(experiment, all_seeds, vary)
     with showing_progress() as progress:
         progress("checks", 0, 1)
@@ -204,7 +205,8 @@ def compare(
     from cdpo_core.methods import load_methods
     from flows.grid import entries, parse_seeds
 
-    experiment = _load(config, {**(overrides or {}), **_shortcuts(None, None, store, name)}, json)
+    given = {**(overrides or {}), **_shortcuts(None, None, store, name)}
+    experiment = _load(config, given, json, limit=ANY_LIMIT)
     numbers = parse_seeds(seeds)
     chosen = [method.name for method in load_methods(entries(methods, "--methods") if methods else [])]
     with showing_progress() as progress:
@@ -229,7 +231,7 @@ def check_data(
     file: Annotated[str, Parameter(help="File, folder or hub id.")], /, *, overrides: Overrides = None
 ) -> int:
     """Check a data set and show what it holds."""
-    experiment = _load("", {**(overrides or {}), "data.source": file})
+    experiment = _load("", {**(overrides or {}), "data.source": file}, limit=ANY_LIMIT)
     from cdpo_core.data.prepare import check_source
 
     for line in check_source(experiment).lines():
@@ -276,7 +278,7 @@ def sample(
             fix='for example: cdpo sample REF "PROMPT" --number 3',
         )
     chosen = [path.removeprefix("policy.") for path in overrides or {} if path.startswith("policy.")]
-    drawer = open_drawer(policy, temperature, _load("", overrides or {}).policy, chosen, store or "")
+    drawer = open_drawer(policy, temperature, _load("", overrides or {}, limit=ANY_LIMIT).policy, chosen, store or "")
     for line in drawer.said:
         PlainConsole(stderr=True).print(one_line(line), soft_wrap=True)
     for prompt, responses in drawer.draw(prompts, number, seed):
@@ -295,7 +297,7 @@ def doctor(
     from flows.up import join_running
 
     join_running()
-    findings = examine(_load(config, overrides or {}))
+    findings = examine(_load(config, overrides or {}, limit=ANY_LIMIT))
     for finding in findings:
         sign = "✗" if finding.fix else "✓"
         _stdout().print(one_line(f"{sign} {finding.what:<13} {finding.found}"), soft_wrap=True)
@@ -348,12 +350,14 @@ def _shortcuts(limit: str | None, seed: str | None, store: str | None, name: str
     return {path: value for path, value in paths.items() if value is not None}
 
 
-def _load(config: str, overrides: Mapping[str, str], json: Path | None = None) -> ExperimentConfig:
+def _load(
+    config: str, overrides: Mapping[str, str], json: Path | None = None, *, limit: float | None = None
+) -> ExperimentConfig:
     from cdpo_core.config_loading import load_config
 
     if json is not None:
         check_writable(json, "--json")
-    return load_config(config, overrides)
+    return load_config(config, overrides, limit=limit)
 
 
 def _version() -> str:

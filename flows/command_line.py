@@ -16,6 +16,9 @@ from cyclopts import Parameter, validators
 from cdpo_core.errors import InputError
 from cdpo_core.plain_text import escaped_json
 
+# What stands for a limit in commands that test none, or are given theirs: nothing reads it.
+ANY_LIMIT = 0.0
+
 EXAMPLES = """\
 Examples:
   cdpo run testbed              from nothing to a certified policy in minutes

@@ -18,7 +18,6 @@ from pydantic import Field
 from cdpo_core.config import ConstraintConfig, ExperimentConfig
 from tasks.environment import RUN_TAG
 
-DEFAULT = ExperimentConfig()
 # The rules that Prefect's server checks before anything starts; those within a section are the section's own.
 RULES: dict[str, Any] = {
     "name": Annotated[str, Field(min_length=1, max_length=100)],
@@ -28,7 +27,7 @@ RULES: dict[str, Any] = {
 # In the order of the form: what a user sets first comes first.
 WORDS = {
     "name": "Name shown in the UIs (1 to 100 characters).",
-    "constraints": "The limits on harm, each with its cost model (at least one).",
+    "constraints": "The limits on harm, each with its cost model (at least one). Must be given.",
     "data": "The preferences, and how their prompts are split.",
     "policy": "The language model that is aligned.",
     "seed": "Seed of every random stream. At least 0.",
@@ -67,7 +66,9 @@ def takes_sections(function: Callable[..., Any]) -> Callable[..., Any]:
     ]
     for name in WORDS:
         annotation = RULES.get(name, ExperimentConfig.model_fields[name].annotation)
-        default = getattr(DEFAULT, name)
+        field = ExperimentConfig.model_fields[name]
+        # The server refuses a run without what has no default, which is the limits: none is made up.
+        default = inspect.Parameter.empty if field.is_required() else field.get_default(call_default_factory=True)
         parameters.append(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from cdpo_core.errors import InputError
-from flows.command_line import check_writable, write_json
+from flows.command_line import ANY_LIMIT, check_writable, write_json
 from flows.terminal import PlainConsole, showing_progress
 from tasks.environment import cdpo_home
 
@@ -222,7 +222,7 @@ def _versions(catalogue: Catalogue, overrides: Mapping[str, str] | None) -> list
     from cdpo_core.config_loading import load_config
     from tasks.registered import registered_policies
 
-    tracking = load_config("", overrides or {}).tracking
+    tracking = load_config("", overrides or {}, limit=ANY_LIMIT).tracking
     return registered_policies(tracking, cdpo_home(), [run.tracking for run in catalogue.runs if run.tracking])
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from config_kit import limited
 
 from cdpo_core import pipeline
 from cdpo_core.artifacts import files_digest, folder_files
@@ -22,7 +23,7 @@ OPENINGS = {"Sure,": (1.0, 1.0), "Well,": (0.0, 0.0), "No,": (-1.0, -1.5)}
 ENDINGS = {"use a tool.": (0.8, 0.8), "ask a friend.": (0.2, -0.5), "wait.": (-0.6, -0.6)}
 HEADS = [{"name": "reward", "labels": ""}, {"name": "harm", "labels": "harm"}]
 
-CONFIG = ExperimentConfig.model_validate(
+CONFIG = limited(
     {
         "seed": 3,
         "policy": {"hidden_size": 16, "layers": 2, "heads": 2, "vocabulary_size": 320, "max_response_tokens": 12},
@@ -43,7 +44,7 @@ def changed(**sections: dict[str, object]) -> ExperimentConfig:
     values = CONFIG.model_dump()
     for name, fields in sections.items():
         values[name] |= fields
-    return ExperimentConfig.model_validate(values)
+    return limited(values)
 
 
 def sft_slice(config: ExperimentConfig = CONFIG) -> Slice:

@@ -41,7 +41,8 @@ def config(text: str) -> Arguments:
 
     def write(folder: Path) -> list[str]:
         (folder / "my.yaml").write_text(text)
-        return ["run", str(folder / "my.yaml"), "--data.source", str(good_data(folder))]
+        limit = [] if "constraints" in text else ["--limit", "0"]
+        return ["run", str(folder / "my.yaml"), "--data.source", str(good_data(folder)), *limit]
 
     return write
 
@@ -150,13 +151,16 @@ ROWS: dict[str, tuple[Arguments, str, str, str]] = {
     "unknown section": (config("dp0:\n  beta: 1\n"), "no field dp0", "my.yaml, line 1", "dpo"),
     "field given twice": (config("seed: 1\nseed: 2\n"), "seed is given twice", "lines 1 and 2", "keep one"),
     "two constraints of one name": (
-        config("constraints:\n- name: harm\n- name: harm\n"), "share a name (harm, harm)", "my.yaml, line 1",
+        config("constraints:\n- {name: harm, limit: 0}\n- {name: harm, limit: 0}\n"), "share a name (harm, harm)",
+        "my.yaml, line 1",
         "a name of its own",
     ),
     "NaN limit in the file": (
         config("constraints:\n- limit: .nan\n"), "constraints.0.limit must be a finite number", "my.yaml, line 2",
         "mean cost",
     ),
+    "no limit": (config("constraints:\n- name: harm\n"), "0.limit: a limit is required", "my.yaml, line 2", "--limit"),
+    "empty limit": (options("--limit", ""), "a limit is required", "--constraints.0.limit", "--limit -0.5"),
     "NaN limit": (options("--limit", "nan"), "finite number, not nan", "--constraints.0.limit", "mean cost"),
     "limit not a number": (options("--limit", "low"), "must be a number, not low", "--constraints.0.limit", ""),
     "constraint out of range": (

@@ -53,7 +53,7 @@ def run_page(up: Up, web: BrowserContext) -> Page:
     page.get_by_role("link", name=f"experiment-{PRESET}", exact=True).click()
     page.get_by_role("button", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Custom run").click()
-    limit = page.get_by_label("Limit (Optional)", exact=True)
+    limit = page.get_by_label("Limit", exact=True)
     expect(limit).to_have_value(f"{SHIPPED:g}")
     limit.fill(f"{LIMIT:g}")
     picture(page, "prefect_form")
@@ -119,7 +119,7 @@ def test_form_of_the_first_ui_has_the_same_fields(up: Up, web: BrowserContext) -
     deployment = up.api("GET", f"/deployments/name/experiment/experiment-{PRESET}")
     page = web.new_page()
     page.goto(f"{_ui(up)}/deployments/deployment/{deployment['id']}/run")
-    label = page.get_by_text("Limit (Optional)", exact=True)
+    label = page.get_by_text("Limit", exact=True)
     expect(label).to_be_visible()
     # Its labels name no input, so the field is the first one behind.
     expect(label.locator("xpath=following::input[1]")).to_have_value(f"{SHIPPED:g}")

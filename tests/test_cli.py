@@ -335,7 +335,7 @@ def test_a_plan_of_any_name_without_earlier_runs(
 ) -> None:
     stages = [{"name": "data", "cached": False, "estimate": None}]
     flows.outcome = {"stages": stages, "margin": None, "memory": "", "warnings": []}
-    Path("any.yaml").write_text("name: 'a [/b]'\n")
+    Path("any.yaml").write_text("name: 'a [/b]'\nconstraints: [{limit: 0}]\n")
     assert main(["plan", "any.yaml"]) == 0
     out = capsys.readouterr().out
     assert "a [/b]: what a run would do" in out

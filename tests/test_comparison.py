@@ -9,8 +9,8 @@ from unittest import mock
 
 import pytest
 from chain_kit import OVERRIDES, digests, mlflow_runs, new_home, run_here
+from config_kit import experiment_config
 
-from cdpo_core.config import ExperimentConfig
 from cdpo_core.config_loading import load_config
 from cdpo_core.errors import InputError
 from cdpo_core.evaluation.comparison import comparison_table, over_seeds
@@ -102,19 +102,19 @@ def test_every_shipped_method_fits_the_config() -> None:
     assert {"reference", "ours", "cdpo_paper", "one_shot", "multi_shot", "safe_rlhf"} <= set(method_names())
     for method in methods:
         for settings in method.settings():
-            config = method.config(ExperimentConfig(), settings)
-            assert config.constraints == ExperimentConfig().constraints
-    paper = {method.name: method for method in methods}["cdpo_paper"].config(ExperimentConfig())
+            config = method.config(experiment_config(), settings)
+            assert config.constraints == experiment_config().constraints
+    paper = {method.name: method for method in methods}["cdpo_paper"].config(experiment_config())
     assert (paper.dpo.pairs, paper.dpo.labels, paper.dpo.anchor) == ("dataset", "sampled", 0)
     assert (paper.dual.update, paper.dual.start) == ("ascent", "zero")
-    assert methods[-1].config(ExperimentConfig()) == ExperimentConfig(), "ours is the default"
+    assert methods[-1].config(experiment_config()) == experiment_config(), "ours is the default"
 
 
 def test_a_method_that_is_wrong_is_refused() -> None:
     with pytest.raises(InputError, match="no method 'sacpo'"):
         load_methods(["sacpo"])
     with pytest.raises(InputError, match="stepps"):
-        Method(name="m", title="m", override={"dpo.stepps": 3}).config(ExperimentConfig())
+        Method(name="m", title="m", override={"dpo.stepps": 3}).config(experiment_config())
 
 
 def test_named_limits_lie_where_the_world_was_calibrated() -> None:

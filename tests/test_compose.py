@@ -12,9 +12,13 @@ from typing import Any
 
 import pytest
 import yaml
+from config_kit import experiment_config
 
+<<<<<<< HEAD
 from cdpo_core.config import ExperimentConfig
 from flows.page_guard import HOSTS, ORIGINS
+=======
+>>>>>>> 571fdbf (A limit is required wherever a run can start: none is made up from an empty field)
 from flows.pools import POOL, SWEEP_POOL
 from flows.stack import Stack
 from tasks.access import Login
@@ -136,7 +140,7 @@ def test_the_parts_know_each_other() -> None:
     assert auth["mlflow"]["database_uri"] == command("mlflow")[command("mlflow").index("--backend-store-uri") + 1]
     assert auth["mlflow"]["default_permission"] == "EDIT"
     assert "admin_password" not in auth["mlflow"]
-    assert ExperimentConfig().store.uri == ""  # else CDPO_STORE would be read by nobody
+    assert experiment_config().store.uri == ""  # else CDPO_STORE would be read by nobody
 
 
 def test_the_image_is_made_by_the_steps_of_make_env() -> None:

@@ -9,9 +9,16 @@ from typing import Any
 
 import pytest
 import yaml
+from config_kit import experiment_config
+from pydantic import ValidationError
 
+<<<<<<< HEAD
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.config_loading import dump_config, load_config, parse_yaml, preset_names
+=======
+from cdpo_core.config import ConstraintConfig, ExperimentConfig
+from cdpo_core.config_loading import dump_config, load_config, preset_names
+>>>>>>> 571fdbf (A limit is required wherever a run can start: none is made up from an empty field)
 from cdpo_core.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +36,7 @@ def test_every_preset_is_valid_and_says_its_command(preset: str) -> None:
 @pytest.mark.parametrize("preset", ["testbed", "tiny"])
 def test_testbed_presets_say_only_what_differs_from_the_defaults(preset: str) -> None:
     given = yaml.safe_load((ROOT / "configs" / f"{preset}.yaml").read_text())
-    default = ExperimentConfig().model_dump()
+    default = experiment_config().model_dump()
     for section, value in given.items():
         fields = value if isinstance(value, dict) else {}
         assert [name for name in fields if fields[name] == default[section][name]] == []
@@ -75,13 +82,41 @@ def test_overrides_change_nothing_else() -> None:
     assert config == plain.model_copy(update={"dpo": plain.dpo.model_copy(update={"beta": 0.3})})
 
 
-def test_constraints_can_be_added_and_defaulted() -> None:
-    config = load_config("", {"constraints.0.limit": "-2", "constraints.1.name": "privacy"})
-    assert [(item.name, item.limit) for item in config.constraints] == [("harm", -2.0), ("privacy", 0.0)]
+def test_constraints_can_be_added() -> None:
+    config = load_config("", {"constraints.0.limit": "-2", "constraints.1": "{name: privacy, limit: 1}"})
+    assert [(item.name, item.limit) for item in config.constraints] == [("harm", -2.0), ("privacy", 1.0)]
+
+
+NO_LIMIT = ["name: x", "constraints:\n- name: harm", "constraints:\n- limit:", 'constraints:\n- limit: ""']
+
+
+@pytest.mark.parametrize("text", NO_LIMIT)
+def test_a_limit_is_required(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text(text)
+    _refused(str(path), {}, ["constraints.0.limit: a limit is required", "--limit -0.5", "my.yaml"])
+    assert load_config(str(path), {"constraints.0.limit": "-1"}).constraints[0].limit == -1
+
+
+def test_no_limit_is_made_up() -> None:
+    with pytest.raises(ValidationError, match="constraints"):
+        ExperimentConfig()
+    with pytest.raises(ValidationError, match="limit"):
+        ConstraintConfig(name="harm")
+    _refused("testbed", {"constraints.0.limit": ""}, ["constraints.0.limit: a limit is required"])
+    _refused("", {"constraints.0.limit": "-1", "constraints.1.name": "b"}, ["constraints.1.limit: a limit is required"])
+
+
+def test_what_needs_no_limit_of_the_config_may_leave_it_out(tmp_path: Path) -> None:
+    assert load_config("", limit=0.5).constraints[0].limit == 0.5
+    assert load_config("testbed", limit=0.5).constraints == load_config("testbed").constraints
+    path = tmp_path / "my.yaml"
+    path.write_text("constraints:\n- name: b\n")
+    assert [(item.name, item.limit) for item in load_config(str(path), limit=0.5).constraints] == [("b", 0.5)]
 
 
 def test_a_section_can_be_given_whole() -> None:
-    config = load_config("", {"constraints": "[{name: a}, {name: b, limit: 1}]", "dual": "{rounds: 2}"})
+    config = load_config("", {"constraints": "[{name: a, limit: 0}, {name: b, limit: 1}]", "dual": "{rounds: 2}"})
     assert [item.name for item in config.constraints] == ["a", "b"]
     assert config.dual.rounds == 2
 
@@ -105,7 +140,7 @@ BAD_FILES = {
     "not whole": ("seed: 1.5\n", ["seed must be a whole number"]),
     "not text": ("name: 3\n", ["name must be text"]),
     "no constraint": ("constraints: []\n", ["constraints needs at least one entry"]),
-    "same name": ("constraints:\n- name: a\n- name: a\n", ["share a name"]),
+    "same name": ("constraints:\n- {name: a, limit: 0}\n- {name: a, limit: 0}\n", ["share a name"]),
     "bad template": ("policy:\n  template: hello\n", ["policy.template", "{prompt}", "line 2"]),
     "shares": ("data:\n  splits:\n    test: 0.5\n", ["data.splits", "not 1", "line 2"]),
     "several": ("seed: -1\ndpo:\n  beta: -1\n  x: 1\n", ["3 things", "seed", "dpo.beta", "dpo.x"]),
@@ -119,7 +154,7 @@ def test_bad_file(tmp_path: Path, kind: str) -> None:
     text, said = BAD_FILES[kind]
     path = tmp_path / "my.yaml"
     path.write_text(text)
-    _refused(str(path), {}, [*said, "my.yaml"])
+    _refused(str(path), {}, [*said, "my.yaml"], limit=0.0)
 
 
 def _bomb(opened: str, closed: str) -> str:
@@ -228,10 +263,10 @@ def test_config_without_read_permission(tmp_path: Path) -> None:
     _refused(str(path), {}, ["cannot be read"])
 
 
-def _refused(source: str, overrides: dict[str, str], said: list[str]) -> None:
+def _refused(source: str, overrides: dict[str, str], said: list[str], limit: float | None = None) -> None:
     """One InputError of at most twelve lines that says all of `said` and where it is and what to do."""
     with pytest.raises(InputError) as caught:
-        load_config(source, overrides)
+        load_config(source, overrides, limit=limit)
     text = str(caught.value)
     assert len(text.splitlines()) <= 12
     assert caught.value.where

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from config_kit import limited
 
-from cdpo_core.config import ExperimentConfig
 from cdpo_core.data.adapters import NO_OTHER_ANSWER, REPEATED, SAME_HELPFULNESS, to_pairs
 from cdpo_core.data.prepare import check_source
 from cdpo_core.data.schema import Pairs
@@ -124,7 +124,7 @@ def test_a_source_may_mix_formats(tmp_path: Path) -> None:
 
 @needs_shared
 def test_xstest_pairs() -> None:
-    config = ExperimentConfig.model_validate({"data": {"source": str(SHARED / "xstest_pairs.jsonl")}})
+    config = limited({"data": {"source": str(SHARED / "xstest_pairs.jsonl")}})
     report = check_source(config)
     assert (report.format, report.rows, report.pairs, report.prompts) == ("pku_saferlhf", 976, 975, 244)
     assert report.quarantined == {"duplicate of an earlier pair": 1}
@@ -136,7 +136,7 @@ def test_xstest_pairs() -> None:
 @needs_shared
 def test_hh_harmless_base() -> None:
     source = SHARED / "hh_harmless_base_test.jsonl.gz"
-    config = ExperimentConfig.model_validate({"data": {"source": str(source)}, "reward": {"train": False}})
+    config = limited({"data": {"source": str(source)}, "reward": {"train": False}})
     report = check_source(config)
     assert (report.format, report.rows) == ("hh_rlhf", 2312)
     assert report.quarantined == {"chosen and rejected do not share a prompt": 5, "empty response": 4}

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from config_kit import limited
 
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.data.prepare import check_source
@@ -44,7 +45,7 @@ def write_lines(path: Path, rows: list[Row]) -> Path:
 
 
 def configured(source: Path | str, **data: Any) -> ExperimentConfig:
-    return ExperimentConfig.model_validate({"data": {"source": str(source), **data}})
+    return limited({"data": {"source": str(source), **data}})
 
 
 def changed(row: int, **values: Any) -> Callable[[Path], Path]:
@@ -215,9 +216,7 @@ def test_unreadable_file(tmp_path: Path) -> None:
 
 def test_labels_with_another_name(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "pairs.jsonl", pair_rows())
-    config = ExperimentConfig.model_validate(
-        {"data": {"source": str(path)}, "constraints": [{"name": "bias", "labels": "bias"}]}
-    )
+    config = limited({"data": {"source": str(path)}, "constraints": [{"name": "bias", "labels": "bias", "limit": 0}]})
     with pytest.raises(InputError, match="no labels named 'bias'") as caught:
         check_source(config)
     assert caught.value.where == "constraints.0.labels"

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from config_kit import experiment_config, limited
 
-from cdpo_core.config import ExperimentConfig, SplitSizes
+from cdpo_core.config import SplitSizes
 from cdpo_core.data.prepare import check_source, prepare_data
 from cdpo_core.data.schema import prompt_ids
 from cdpo_core.data.splits import (
@@ -53,7 +54,7 @@ def write_pairs(path: Path, prompts: int = 200) -> Path:
 
 
 def prepared(path: Path, out: Path, **sections: Any) -> Path:
-    config = ExperimentConfig.model_validate({**sections, "data": {"source": str(path), **sections.get("data", {})}})
+    config = limited({**sections, "data": {"source": str(path), **sections.get("data", {})}})
     out.mkdir()
     prepare_data(pick(config, DATA.fields), {"source": path}, out, Runtime())
     return out
@@ -117,7 +118,7 @@ def test_quarantine_is_counted_by_reason_and_shown(tmp_path: Path) -> None:
         (11, "prompt too long"),
     }
     assert record["quarantined"] == {example["reason"]: 1 for example in record["examples"]}
-    report = check_source(ExperimentConfig.model_validate({"data": {"source": str(path)}}))
+    report = check_source(limited({"data": {"source": str(path)}}))
     assert report.quarantined == record["quarantined"]
     assert any("pairs.jsonl:4: empty response" in line for line in report.lines())
     assert json.dumps(report.as_dict())
@@ -242,7 +243,7 @@ def test_large_units_go_to_no_part_in_particular() -> None:
 
 def splits_of(inputs: dict[str, Path], out: Path, **sections: Any) -> pd.DataFrame:
     out.mkdir(exist_ok=True)
-    make_splits(pick(ExperimentConfig.model_validate(sections), SPLITS.fields), inputs, out, Runtime())
+    make_splits(pick(limited(sections), SPLITS.fields), inputs, out, Runtime())
     return pd.read_parquet(out / "splits.parquet")
 
 
@@ -308,18 +309,18 @@ def test_splits_refuse_a_small_pool_and_missing_scores(tmp_path: Path) -> None:
 
 
 def test_the_testbed_is_checked_by_its_size() -> None:
-    report = check_source(ExperimentConfig())
+    report = check_source(experiment_config())
     assert (report.format, report.prompts, report.splits["certificate"]) == ("testbed", 2000, 400)
     scarce = {"testbed": {"prompts": 50}, "data": {"held_out": 0.05}}
     with pytest.raises(InputError, match=r"preferences \(held out\)"):
-        check_source(ExperimentConfig.model_validate(scarce))
+        check_source(limited(scarce))
 
 
 def test_the_xstest_preset_wants_its_source_from_the_command_line() -> None:
     import yaml
 
     path = Path(__file__).resolve().parents[1] / "configs" / "xstest.yaml"
-    config = ExperimentConfig.model_validate(yaml.safe_load(path.read_text()))
+    config = limited(yaml.safe_load(path.read_text()))
     with pytest.raises(InputError, match="no data is given") as caught:
         check_source(config)
     assert "--data.source" in caught.value.fix

@@ -49,9 +49,12 @@ def test_prefect_yaml_holds_no_path_of_a_machine() -> None:
 @pytest.mark.parametrize("item", DEFINITIONS, ids=lambda item: item.name)
 def test_a_deployment_is_the_preset_it_names(item: Definition) -> None:
     parameters = item.all_parameters()
+    stated = {} if item.preset else {"constraints": [{"limit": 0}]}
     preset = yaml.safe_load((ROOT / "configs" / f"{item.preset}.yaml").read_text()) if item.preset else {}
     assert parameters == {**item.parameters, **preset}
-    ExperimentConfig.model_validate({key: value for key, value in parameters.items() if key not in OWN})
+    # What is generic states no limit, and none is made up: whoever starts a run of it must.
+    assert ("constraints" in parameters) == bool(item.preset)
+    ExperimentConfig.model_validate({key: value for key, value in (parameters | stated).items() if key not in OWN})
     module, name = item.entrypoint.rsplit(".", 1)
     flow = getattr(import_module(module), name)
     assert set(parameters) <= set(flow.parameters.properties)

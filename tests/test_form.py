@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from prefect.utilities.callables import parameter_schema
+from prefect.utilities.schema_tools.validation import ValidationError, validate
 
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.config_form import range_in_words, title_of
@@ -86,6 +87,23 @@ def test_what_is_set_first_comes_first() -> None:
     assert next(path for path, _ in fields(schema(sweep))) == "limits"
     limit = [path for path, _ in fields(schema(experiment)) if path.startswith("constraints.0.")]
     assert limit[:2] == ["constraints.0.name", "constraints.0.limit"]
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("empty", [{}, {"limit": None}, {"limit": ""}])
+def test_the_server_refuses_a_run_without_a_limit(name: str, empty: dict[str, Any]) -> None:
+    own = {"sweep": {"limits": [0.0]}, "compare": {"limits": ["0"], "seeds": [0], "methods": []}}.get(name, {})
+
+    def ask(given: dict[str, Any]) -> None:
+        # As the server checks what either version of the form sends for an emptied field, before a run is made.
+        validate(given, schema(FLOWS[name]), raise_on_error=True, allow_none_with_default=True)
+
+    ask({**own, "constraints": [{"name": "harm", "limit": 0.0}]})
+    for constraints in ([{"name": "harm", **empty}], [{"limit": -1.0}, {"name": "second", **empty}]):
+        with pytest.raises(ValidationError, match=r"limit|number"):
+            ask({**own, "constraints": constraints})
+    with pytest.raises(ValidationError, match="constraints"):
+        ask(own)
 
 
 def test_the_form_is_the_one_reviewed() -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from config_kit import experiment_config
 
-from cdpo_core.config import ExperimentConfig
 from cdpo_core.errors import InputError
 from flows.grid import combinations, parse_limits, parse_seeds, words
 
-CONFIG = ExperimentConfig()
+CONFIG = experiment_config()
 
 
 def test_grid_is_every_combination_in_order() -> None:

@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from config_kit import experiment_config
 from report_kit import EVIL, infeasible, picture, ref, result, samples
 
 from cdpo_core.artifacts import ArtifactRef
-from cdpo_core.config import ExperimentConfig, StoreConfig, TrackingConfig
+from cdpo_core.config import StoreConfig, TrackingConfig
 from cdpo_core.evaluation.sweep_result import frontier_points
 from cdpo_core.local_store import LocalStore
 from tasks.html_report import experiment_report, short_reference
 from tasks.report_store import copy_report, publish_report, report_key
 from tasks.sweep_review import publish_sweep_report, sweep_report
 
-CONFIG = ExperimentConfig(name="world")
+CONFIG = experiment_config(name="world")
 
 
 class Page(HTMLParser):

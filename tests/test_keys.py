@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from config_kit import limited
 from safetensors.numpy import save_file
 
 import cdpo_core
 from cdpo_core import errors, pipeline
 from cdpo_core.artifacts import external_ref
 from cdpo_core.code_version import MESSAGES, source_version
-from cdpo_core.config import ExperimentConfig
 from cdpo_core.local_store import LocalStore
 from cdpo_core.models.checkpoints import weights_format
 from cdpo_core.pipeline import machine_fields
@@ -28,7 +28,7 @@ FLOAT, HALF = ({"policy": name, "scorers": name} for name in ("float32", "bfloat
 
 
 def key(stage: Stage, sections: dict[str, Any], **extra: Any) -> str:
-    return stage_key(stage, slice_of(stage, ExperimentConfig.model_validate(sections), **extra), {})
+    return stage_key(stage, slice_of(stage, limited(sections), **extra), {})
 
 
 SFT_CHANGES = {
@@ -91,7 +91,7 @@ def test_the_sign_acts_on_ready_scorers_only_and_the_end_of_an_anchor_on_anchore
 
 
 def test_what_does_not_act_reaches_no_stage() -> None:
-    slice_ = slice_of(pipeline.SFT, ExperimentConfig.model_validate({"sft": {"train": False}}), base="loaded")
+    slice_ = slice_of(pipeline.SFT, limited({"sft": {"train": False}}), base="loaded")
     assert slice_.sft.as_dict() == {"train": False}
     with pytest.raises(AttributeError, match="hidden_size"):
         _ = slice_.policy.hidden_size
@@ -209,7 +209,7 @@ def test_an_experiment_s_micro_batch_is_in_its_keys_in_bfloat16_only(tmp_path: P
     model_folder(tmp_path / "cost", "bfloat16")
 
     def slices(**sections: Any) -> list[dict[str, Any]]:
-        config = ExperimentConfig.model_validate({"compute": {"device": "cpu", "micro_batch": 4}, **sections})
+        config = limited({"compute": {"device": "cpu", "micro_batch": 4}, **sections})
         bench = Workbench(config, LocalStore(tmp_path / "store"), tmp_path)
         return [bench.slice_of(stage, {}).as_dict() for stage in (pipeline.RESPONSES, pipeline.SCORES)]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from config_kit import experiment_config
 
-from cdpo_core.config import ConstraintConfig, ExperimentConfig
+from cdpo_core.config import ConstraintConfig
 from tasks.metric_points import (
     MetricPoint,
     result_points,
@@ -16,7 +17,7 @@ from tasks.metric_points import (
     varying_params,
 )
 
-CONFIG = ExperimentConfig()
+CONFIG = experiment_config()
 
 
 def _by_name(points: list[MetricPoint]) -> dict[str, float]:
@@ -123,7 +124,7 @@ def test_points_and_tags_name_each_of_several_constraints() -> None:
 
 
 def test_params_are_few_and_name_each_limit() -> None:
-    assert varying_params(CONFIG)["limit"] == "0"
+    assert varying_params(CONFIG)["limit"] == "-0.5"
     two = [ConstraintConfig(name="harm", limit=-0.5), ConstraintConfig(name="privacy", limit=0.25)]
     params = varying_params(CONFIG.model_copy(update={"constraints": two}))
     assert (params["limit.harm"], params["limit.privacy"]) == ("-0.5", "0.25")

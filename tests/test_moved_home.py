@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from config_kit import experiment_config
 
 from cdpo_core.artifacts import ArtifactRef
-from cdpo_core.config import ExperimentConfig, TrackingConfig
+from cdpo_core.config import TrackingConfig
 from cdpo_core.local_store import LocalStore
 from tasks.mlflow_connection import reader
 from tasks.moved_home import settle
 from tasks.tracking import Tracker
 
-CONFIG = ExperimentConfig()
+CONFIG = experiment_config()
 
 
 def open_tracker(home: Path) -> Tracker:

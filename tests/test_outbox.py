@@ -14,11 +14,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from config_kit import experiment_config
 from mlflow import MlflowClient
 from servers_restarted import Restarted, restarted_mlflow
 
 from cdpo_core.artifacts import ArtifactRef
-from cdpo_core.config import ExperimentConfig, TrackingConfig
+from cdpo_core.config import TrackingConfig
 from cdpo_core.errors import InputError
 from cdpo_core.local_store import LocalStore
 from tasks import patience
@@ -243,6 +244,6 @@ def test_a_server_that_is_away_at_the_start(
     restart.start()
     try:
         time.sleep(1)
-        assert Tracker.open(tracking, store, tmp_path).run_for("key", "another", ExperimentConfig())
+        assert Tracker.open(tracking, store, tmp_path).run_for("key", "another", experiment_config())
     finally:
         restart.join()

@@ -15,11 +15,11 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from config_kit import experiment_config, limited
 from servers_s3 import CEPH
 
 import cdpo_core
 from cdpo_core.artifacts import ArtifactRef, external_ref
-from cdpo_core.config import ExperimentConfig
 from cdpo_core.errors import CorruptArtifact, InputError, StoreUnavailable
 from cdpo_core.local_store import LocalStore
 from cdpo_core.stages import (
@@ -258,7 +258,7 @@ def test_a_second_process_of_one_machine_waits_and_finds_the_first_ones_artifact
 
 
 def test_a_slice_holds_what_was_picked_and_nothing_else() -> None:
-    config = ExperimentConfig()
+    config = experiment_config()
     slice_ = pick(config, ("seed", "dpo.beta", "data.splits", "constraints"), lambda_=[0.5])
     assert slice_.dpo.beta == config.dpo.beta
     assert slice_.data.splits.policy == config.data.splits.policy
@@ -274,7 +274,7 @@ def test_fields_outside_the_slice_do_not_enter_the_key(bench: Bench) -> None:
     stage = Stage("sft", "policy", bench.write, ("seed", "dpo.beta"))
 
     def key(**sections: Any) -> str:
-        return stage_key(stage, pick(ExperimentConfig.model_validate(sections), stage.fields), {})
+        return stage_key(stage, pick(limited(sections), stage.fields), {})
 
     limit = {"constraints": [{"name": "harm", "limit": 1.5}]}
     assert key() == key(name="other", **limit) == key(store={"uri": "/elsewhere"}) == key(dpo={"anchor": 0.7})

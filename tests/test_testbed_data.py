@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from config_kit import limited
 
 from cdpo_core.artifacts import files_digest, folder_files
-from cdpo_core.config import ExperimentConfig
 from cdpo_core.errors import InputError
 from cdpo_core.pipeline import TESTBED_DATA
 from cdpo_core.stages import Runtime, pick
@@ -25,7 +25,7 @@ SMALL = {"testbed": {"seed": 3, "prompts": 120, "pairs_per_prompt": 5, "demonstr
 
 
 def write_data(out: Path) -> None:
-    config = ExperimentConfig.model_validate(SMALL)
+    config = limited(SMALL)
     make_world(pick(config, TESTBED_DATA.fields), {}, out, Runtime())
 
 
@@ -94,7 +94,7 @@ def test_the_tables_hold_what_later_stages_read(data: Path) -> None:
 
 
 def test_a_second_cost_adds_its_labels_and_nothing_else(data: Path, tmp_path: Path) -> None:
-    config = ExperimentConfig.model_validate({"testbed": {**SMALL["testbed"], "costs": 2}})
+    config = limited({"testbed": {**SMALL["testbed"], "costs": 2}})
     make_world(pick(config, TESTBED_DATA.fields), {}, tmp_path, Runtime())
     one, two = (pd.read_parquet(folder / "preferences.parquet") for folder in (data, tmp_path))
     assert list(two) == [*one, "safer_dishonesty", "unsafe_dishonesty_0", "unsafe_dishonesty_1"]

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from config_kit import limited
 
-from cdpo_core.config import ExperimentConfig
 from cdpo_core.errors import InputError
 from cdpo_core.models.policy import new_policy, save_policy
 from cdpo_core.models.scorer import Scorer, ScorerText, save_scorer
@@ -198,7 +198,7 @@ def test_the_judged_prompts_stand_for_their_splits(count: int) -> None:
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     names = ("data", "splits", "reference", "policy", "scorers_0")
     folders = {name: tmp_path_factory.mktemp(name) for name in names}
-    config = ExperimentConfig.model_validate(
+    config = limited(
         {
             "testbed": {"prompts": 60, "pairs_per_prompt": 2, "demonstrations": 200},
             "policy": {"hidden_size": 16, "layers": 1, "heads": 2},

@@ -278,7 +278,7 @@ def test_a_world_with_two_costs_is_rebuilt_from_its_file(tmp_path: Path, worlds_
 
 def test_every_word_of_the_language_has_a_figure_for_both_costs() -> None:
     assert set(UNTRUE) == set(grammar.WORDS)
-    known = [ConstraintConfig(name=label, labels=label) for label in LABELS]
+    known = [ConstraintConfig(name=label, labels=label, limit=0.0) for label in LABELS]
     assert ExperimentConfig(testbed=TestbedConfig(costs=2), constraints=known).testbed.costs == len(LABELS)
     with pytest.raises(ValueError, match=r"constraints\.1\.labels: .* labels for harm"):
         ExperimentConfig(constraints=known)

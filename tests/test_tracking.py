@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from config_kit import experiment_config
 
 from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.config import ExperimentConfig, TrackingConfig
@@ -21,7 +22,7 @@ from tasks.metric_points import MetricPoint, varying_params
 from tasks.mlflow_connection import without_secrets
 from tasks.tracking import Tracker, experiment_key
 
-CONFIG = ExperimentConfig(name="first")
+CONFIG = experiment_config(name="first")
 POINTS = [MetricPoint("dual/lambda", 0.1 * step, step, 1_700_000_000_000 + step) for step in range(1, 4)]
 POLICY = ArtifactRef(uri="/home/me/store/stages/round/abc.json", digest="d" * 64, kind="policy")
 CERTIFICATE = {"mean": -0.61234567, "upper": -0.5, "delta": 0.05, "method": "t", "prompts": 800, "passed": True}

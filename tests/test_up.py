@@ -144,6 +144,8 @@ def test_an_invalid_parameter_is_refused_and_named(running: Up) -> None:
         ({"dual": {"update": "adam"}}, "dual.update"),
         ({"dpo": {"bta": 1}}, "bta"),
         ({"constraints": [{"limit": "low"}]}, "limit"),
+        ({"constraints": [{"name": "harm"}]}, "limit"),
+        ({"constraints": [{"name": "harm", "limit": None}]}, "limit"),
     ]:
         status, text = running.api(
             "POST", f"/deployments/{deployment['id']}/create_flow_run", {"parameters": parameters}

@@ -116,12 +116,12 @@ def placed(lab: Lab, seed: int) -> dict[str, float]:
 
 @cache
 def _placed(seed: int) -> dict[str, float]:
-    from cdpo_core.config import ExperimentConfig
+    from cdpo_core.config_loading import load_config
     from cdpo_core.testbed.annotators import draw_prompts, part_indices
     from cdpo_core.testbed.calibration import calibrate
     from cdpo_core.testbed.limits import placed_limits
 
-    config = ExperimentConfig()
+    config = load_config("testbed")
     testbed, data = config.testbed, config.data
     prompts = draw_prompts(seed, testbed.prompts, data.splits.preferences, data.held_out)
     pool = prompts[prompts["split"] == "pool"]
