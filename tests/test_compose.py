@@ -14,11 +14,7 @@ import pytest
 import yaml
 from config_kit import experiment_config
 
-<<<<<<< HEAD
-from cdpo_core.config import ExperimentConfig
 from flows.page_guard import HOSTS, ORIGINS
-=======
->>>>>>> 571fdbf (A limit is required wherever a run can start: none is made up from an empty field)
 from flows.pools import POOL, SWEEP_POOL
 from flows.stack import Stack
 from tasks.access import Login

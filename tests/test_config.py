@@ -12,13 +12,8 @@ import yaml
 from config_kit import experiment_config
 from pydantic import ValidationError
 
-<<<<<<< HEAD
-from cdpo_core.config import ExperimentConfig
-from cdpo_core.config_loading import dump_config, load_config, parse_yaml, preset_names
-=======
 from cdpo_core.config import ConstraintConfig, ExperimentConfig
-from cdpo_core.config_loading import dump_config, load_config, preset_names
->>>>>>> 571fdbf (A limit is required wherever a run can start: none is made up from an empty field)
+from cdpo_core.config_loading import dump_config, load_config, parse_yaml, preset_names
 from cdpo_core.errors import InputError
 
 ROOT = Path(__file__).parent.parent

@@ -215,5 +215,5 @@ def test_an_experiment_s_micro_batch_is_in_its_keys_in_bfloat16_only(tmp_path: P
 
     assert ["machine" in values for values in slices()] == [False, False]
     assert ["machine" in values for values in slices(policy={"dtype": "bfloat16"})] == [True, True]
-    harm = {"name": "harm", "base": str(tmp_path / "cost"), "train": False}
+    harm = {"name": "harm", "base": str(tmp_path / "cost"), "train": False, "limit": 0}
     assert ["machine" in values for values in slices(constraints=[harm])] == [False, True]
