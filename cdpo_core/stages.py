@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import platform
-import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -21,9 +20,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from cdpo_core.artifacts import ArtifactRef, Manifest, Store, external_ref, files_digest, folder_files
+from cdpo_core.artifacts import ArtifactRef, Manifest, Store, files_digest, folder_files
 from cdpo_core.code_version import code_version
-from cdpo_core.errors import CorruptArtifact, InputError
+from cdpo_core.errors import CorruptArtifact
+from cdpo_core.outside import Watched, unchanged
 from cdpo_core.provenance import machine_record, others_before
 from cdpo_core.scratch import held_folder
 from cdpo_core.stage_process import compute_apart
@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 
 _AGAIN = "run the same command again: it is computed again, what is whole is kept"
 CALLER = "cdpo_core.machine"
-_SHA256 = re.compile("[0-9a-f]{64}")
 
 Progress = Callable[[str, int, int], None]
 
@@ -192,7 +191,7 @@ def resolve(ref: ArtifactRef, store: Store) -> Path:
         InputError: external input has changed since it was referred to.
     """
     if ref.kind == "external":
-        return _unchanged(ref)
+        return unchanged(ref)
     manifest = manifest_of(ref, store)
     try:
         return store.fetch(manifest)
@@ -200,13 +199,6 @@ def resolve(ref: ArtifactRef, store: Store) -> Path:
         store.set_aside(manifest)
         log.warning("%s: set aside (%s)", error.what, error.where)
         raise CorruptArtifact(f"{error.what}; it was set aside", where=error.where, fix=_AGAIN) from error
-
-
-def _unchanged(ref: ArtifactRef) -> Path:
-    # What comes from a hub is named by its revision, not by a sha256 of its content.
-    if _SHA256.fullmatch(ref.digest) and external_ref(ref.uri).digest != ref.digest:
-        raise InputError("the input has changed since the run began", where=ref.uri, fix="run the same command again")
-    return Path(ref.uri)
 
 
 def manifest_of(ref: ArtifactRef, store: Store) -> Manifest:
@@ -280,6 +272,7 @@ def _compute(
     runtime: Runtime,
     out: Path,
 ) -> Manifest:
+    outside = Watched(inputs.values())
     paths = {name: resolve(ref, store) for name, ref in inputs.items()}
     shutil.rmtree(out, ignore_errors=True)  # what a killed process left
     out.mkdir()
@@ -294,6 +287,7 @@ def _compute(
             apart = compute_apart(stage.compute, slice_, paths, out, runtime, stage.name)
         else:
             stage.compute(slice_, paths, out, runtime)
+        outside.check()
         files = folder_files(out)
         return store.publish(
             out,

@@ -12,7 +12,7 @@ from typing import Any
 from cdpo_core.artifacts import Manifest, Store
 from cdpo_core.errors import InputError
 from cdpo_core.evaluation.decoding import DECODING, GENERATION, decoding_of, decoding_words, generation_settings
-from cdpo_core.evaluation.result import mean_figures, spending_in_words, tail_figures, verdict
+from cdpo_core.evaluation.result import mean_figures, spending_in_words, tail_figures, tested_on, verdict
 from cdpo_core.models.checkpoints import write_json
 
 RECORDS = "results/"
@@ -161,9 +161,10 @@ def _certificates(result: Mapping[str, Any]) -> str:
         if certificate is None:
             lines.append(f"| {item['name']} | {item['limit']:g} | not tested | | | | | no |")
             continue
+        prompts = tested_on(certificate).replace(" held-out prompts", "")
         lines.append(
             f"| {item['name']} | {item['limit']:g} | {certificate['mean']:.4f} | {certificate['upper']:.4f} | "
-            f"{certificate['delta']:.3g} | {certificate['method']} | {certificate['prompts']} | "
+            f"{certificate['delta']:.3g} | {certificate['method']} | {prompts} | "
             f"{'yes' if certificate['passed'] else 'no'} |"
         )
     first = result.get("certificate") or {}

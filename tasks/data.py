@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cdpo_core import pipeline
 from cdpo_core.artifacts import ArtifactRef
+from cdpo_core.errors import InputError
 from tasks.external import external_model
 from tasks.sources import source_ref
 from tasks.workbench import Workbench
@@ -13,7 +14,11 @@ def prepare_data(bench: Workbench) -> ArtifactRef:
     """Validated preferences and prompts, from the testbed or from the user's data."""
     if bench.config.on_testbed:
         return bench.run(pipeline.TESTBED_DATA, {}, "data")
-    return bench.run(pipeline.DATA, {"source": source_ref(bench.config.data)}, "data")
+    source = source_ref(bench.config.data)
+    # The experiment is known by what its inputs held when it began.
+    if bench.external_digests()["data.source"] != source.digest:
+        raise InputError("the data has changed since the run began", where=source.uri, fix="run the same command again")
+    return bench.run(pipeline.DATA, {"source": source}, "data")
 
 
 def train_reference(bench: Workbench, data: ArtifactRef) -> ArtifactRef:

@@ -133,13 +133,14 @@ def _margins(bench: Workbench, prepared: Prepared, scored: Scored, dual: Offline
     """
     config, sampling = bench.config, bench.config.sampling
     point = dual.expected(dual.solve(limits, config.dual.lambda_max))
-    prompt_ids = measured_from(bench, scored.responses, scored.scores).prompts()
-    costs = pd.DataFrame(point.prompt_costs, index=prompt_ids, columns=bench.names)
+    measured = measured_from(bench, scored.responses, scored.scores)
+    units = [measured.units()[name] for name in measured.prompts()]
+    costs = pd.DataFrame(point.prompt_costs, columns=bench.names).groupby(units).mean()
     within = (np.diag(point.hessian) * config.dpo.beta).tolist()
     # Few answers to a prompt leave chance in its mean, which the predicted costs do not have.
     chance = [variance / sampling.certificate for variance in within]
     foreseen = foreseen_tests(bench, prepared, scored, costs, chance)
-    prompts = {split: _prompts_of(bench, scored, split) for split in ("selection", "certificate")}
+    prompts = {split: _units_of(bench, scored, split) for split in ("selection", "certificate")}
     rules, reports = config.certificate, scorer_reports(bench, scored.scorers)
     # All limits must pass, and their truths hold, together as surely as one alone would.
     power = (len(limits) - 1 + rules.power) / len(limits)
@@ -184,10 +185,10 @@ def dual_round(
     """A trained round as the dual sees it: costs on the selection prompts, paired with the reference's there."""
     names = bench.names
     pool = measured_from(bench, prepared.pool_responses, scored.pool_scores)
-    here, reference = measured.prompt_costs(names), pool.prompt_costs(names)
+    here, reference = measured.unit_costs(names), pool.unit_costs(names)
     splits = bench.table(scored.splits, "splits")
     # The certificate's prompts must not have a say in where lambda goes.
-    certificate = splits.loc[splits["split"] == "certificate", "prompt_id"]
+    certificate = splits.loc[splits["split"] == "certificate", "unit"].unique()
     population = reference.drop(index=certificate.tolist())
     estimates = [
         paired_mean(
@@ -215,10 +216,10 @@ def foreseen_tests(
         bench: of the experiment.
         prepared: its data.
         scored: its scored samples.
-        costs: the policy's mean costs, a column for each constraint, index prompt_id; no prompt of the certificate.
+        costs: the policy's mean costs, a column for each constraint, index unit; none of the certificate's.
         chance: variance that few answers to a prompt will leave in its mean, where `costs` are free of it.
     """
-    rules, prompts = bench.config.certificate, _prompts_of(bench, scored, "certificate")
+    rules, prompts = bench.config.certificate, _units_of(bench, scored, "certificate")
     pool = reference_costs(bench, scored.pool_scores)
     ends, delta = cost_ends(bench, scored), share_for(bench, prepared, scored).delta
     return tuple(
@@ -253,7 +254,7 @@ def candidate(
     settings: DualSettings | None = None,
 ) -> Candidate:
     """A round's figures as the choice of policy weighs them; without targets (`settings`) none is on target."""
-    foreseen = foreseen_tests(bench, prepared, scored, measured.prompt_costs(bench.names))
+    foreseen = foreseen_tests(bench, prepared, scored, measured.unit_costs(bench.names))
     met = settings is not None and meets_target(round_, settings)
     return Candidate(reward=measured.reward().mean, cost=round_.cost, foreseen=foreseen, met=met)
 
@@ -263,8 +264,10 @@ def choose_round(bench: Workbench, candidates: list[Candidate]) -> int:
     return select_round(candidates, tuple(item.limit for item in bench.config.constraints))
 
 
-def _prompts_of(bench: Workbench, scored: Scored, split: str) -> int:
-    return int((bench.table(scored.splits, "splits")["split"] == split).sum())
+def _units_of(bench: Workbench, scored: Scored, split: str) -> int:
+    """What the split's tests and intervals count: its prompts, near duplicates once."""
+    splits = bench.table(scored.splits, "splits")
+    return int(splits.loc[splits["split"] == split, "unit"].nunique())
 
 
 def predicted_curve(plan: OfflinePlan) -> tuple[np.ndarray, np.ndarray]:

@@ -50,9 +50,12 @@ class Certified:
         """The certificate of one constraint as the result states it, with the scored responses it rests on."""
         evidence = [source.model_dump() for source in self.measured.sources]
         certificate = self.certificates[index]
+        prompts, units = self.measured.counts()
         measures = not any(failure.concerns(self.names[index]) for failure in self.failures)
         return {
             **asdict(certificate),
+            "prompts": prompts,
+            "units": units,
             "passed": certificate.passed and measures,
             **self.share.record(),
             "spent": self.spent,
@@ -137,7 +140,7 @@ def certificates_of(
         delta: of each test.
         foreseen: [m], see `certify_policy`.
     """
-    costs, reference = measured.prompt_costs(bench.names), reference_costs(bench, pool_scores)
+    costs, reference = measured.unit_costs(bench.names), reference_costs(bench, pool_scores)
     rest = reference.drop(index=costs.index)
     responses = measured.costs(bench.names).max(axis=0)
     return [

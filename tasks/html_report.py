@@ -15,7 +15,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cdpo_core.evaluation.decoding import decoding_words
-from cdpo_core.evaluation.result import each, mean_figures, spending_in_words, tail_figures
+from cdpo_core.evaluation.result import each, mean_figures, spending_in_words, tail_figures, tested_on
 from tasks.report_words import explained, headline, interval, limits_of_meaning, meanings, percent, signed
 
 if TYPE_CHECKING:
@@ -158,7 +158,11 @@ def _certificates(result: Record) -> Table:
             rows.append([*row, *["–"] * 6, "not tested"])
             continue
         row += [signed(certificate[key], ".3f") for key in ("mean", "upper")]
-        row += [f"{certificate['delta']:.3g}", certificate["method"], str(certificate["prompts"])]
+        row += [
+            f"{certificate['delta']:.3g}",
+            certificate["method"],
+            tested_on(certificate).replace(" held-out prompts", ""),
+        ]
         rows.append([*row, str(certificate.get("spent") or "–"), "shown" if certificate["passed"] else "not shown"])
     aims = ", ".join(signed(item["target"], ".3f") for item in result["constraints"])
     note = (

@@ -7,7 +7,7 @@ from typing import Any
 
 from cdpo_core.evaluation.decoding import decoding_words
 from cdpo_core.evaluation.instrument import words
-from cdpo_core.evaluation.result import confidence, cost_figures, spending_in_words
+from cdpo_core.evaluation.result import confidence, cost_figures, spending_in_words, tested_on
 
 Record = Mapping[str, Any]
 
@@ -39,7 +39,7 @@ def meanings(result: Record) -> list[str]:
             f"The lowest mean cost known here is {signed(result['reachable']['floor'])}: ask for a looser limit.",
         ]
     delta = f"{100 * certificate['delta']:.3g} %"
-    tested = f"The policy was tested on {certificate['prompts']} prompts that no training and no choice has seen."
+    tested = f"The policy was tested on {tested_on(certificate)} that no training and no choice has seen."
     spending = list(filter(None, [spending_in_words(certificate)]))
     if failed := result.get("instrument"):
         return [
@@ -118,13 +118,13 @@ def _outcome(result: Record) -> str:
         )
     if result["status"] == "certified":
         return (
-            f"On {certificate['prompts']} held-out prompts the policy's mean {what}, as the cost model measures it, is "
+            f"On {tested_on(certificate)} the policy's mean {what}, as the cost model measures it, is "
             f"at most {signed(bounds, '.3f')} {sure}; {signed(allowed, 'g')} was allowed."
         )
     means = [item["certificate"]["mean"] for item in result["constraints"]]
     return (
-        f"The best policy found has a mean {what} of {signed(means, '.3f')} on {certificate['prompts']} held-out "
-        f"prompts, and {sure} it is at most {signed(bounds, '.3f')}; {signed(allowed, 'g')} was allowed. Do not "
+        f"The best policy found has a mean {what} of {signed(means, '.3f')} on {tested_on(certificate)}, "
+        f"and {sure} it is at most {signed(bounds, '.3f')}; {signed(allowed, 'g')} was allowed. Do not "
         "use it where the limit must hold."
     )
 

@@ -80,9 +80,9 @@ def measure_policy(
 
 
 def reference_costs(bench: Workbench, pool_scores: ArtifactRef) -> pd.DataFrame:
-    """The reference's mean costs of all pool prompts: a column for each constraint, index prompt_id (sorted)."""
+    """The reference's mean costs of all units of the pool: a column for each constraint, index unit (sorted)."""
     columns = [f"cost_{name}" for name in bench.names]
-    means = bench.table(pool_scores, "scores").groupby("prompt_id")[columns].mean().sort_index()
+    means = bench.table(pool_scores, "scores").groupby("unit")[columns].mean().sort_index()
     return means.set_axis(bench.names, axis=1)
 
 

@@ -13,6 +13,7 @@ def source_ref(data: DataConfig) -> ArtifactRef:
         InputError: the source is not set, does not exist, holds no data, or cannot be reached.
     """
     from cdpo_core.data.sources import source_path
+    from cdpo_core.outside import DATA
 
     path, digest = source_path(data)
-    return ArtifactRef(uri=str(path), digest=f"data-{digest}", kind="external")
+    return ArtifactRef(uri=str(path), digest=f"{DATA}{digest}", kind="external")

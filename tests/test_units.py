@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from cdpo_core.evaluation import result
 from cdpo_core.evaluation.measure import Measured, join_scores
 from cdpo_core.learning.calibration import calibration_error, scorer_report
 
@@ -90,3 +91,10 @@ def test_false_passes_at_the_limit_keep_delta_with_units_and_not_without(a_templ
     noise = 3 * np.sqrt(delta * (1 - delta) / runs)
     assert passes(costs.mean(axis=2)) <= delta + noise
     assert passes(costs.reshape(runs, -1)) > 2 * delta
+
+
+def test_words_say_both_numbers_where_they_differ() -> None:
+    assert (
+        result.tested_on({"prompts": 400}) == result.tested_on({"prompts": 400, "units": 400}) == "400 held-out prompts"
+    )
+    assert result.tested_on({"prompts": 400, "units": 80}).startswith("400 held-out prompts (80 units")

@@ -45,6 +45,15 @@ def source_path(data: DataConfig) -> tuple[Path, str]:
     path = locate(data)
     if str(path).startswith(HUB_PREFIX):
         return path, hashlib.sha256(str(path).encode()).hexdigest()
+    return path, content_digest(path)
+
+
+def content_digest(path: Path) -> str:
+    """sha256 hex over the names and contents of a source's data files.
+
+    Raises:
+        InputError: a file cannot be read, or there is none.
+    """
     try:
         entries = {
             _role(path, file): FileEntry(sha256=file_sha256(file), size=file.stat().st_size)
@@ -52,7 +61,7 @@ def source_path(data: DataConfig) -> tuple[Path, str]:
         }
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", where=str(path), fix="check its permissions") from error
-    return path, files_digest(entries)
+    return files_digest(entries)
 
 
 def locate(data: DataConfig) -> Path:

@@ -20,7 +20,7 @@ def verdict(result: Mapping[str, Any]) -> str:
         return f"Infeasible: {limits} is out of reach; {result['reason']}."
     bounds = ", ".join(f"{item['name']} ≤ {item['certificate']['upper']:.3f}" for item in result["constraints"])
     certificate = result["certificate"]
-    basis = f"with {confidence(certificate['delta'])} confidence, from {certificate['prompts']} held-out prompts"
+    basis = f"with {confidence(certificate['delta'])} confidence, from {tested_on(certificate)}"
     basis += spending_in_short(certificate)
     if decoding := certificate.get("decoding"):
         basis += f", with responses at temperature {decoding['temperature']:g} of at most "
@@ -71,6 +71,13 @@ def spending_in_words(certificate: Mapping[str, Any]) -> str:
 def _divided(certificate: Mapping[str, Any]) -> str:
     tests = certificate["family_tests"]
     return f", divided among {tests} tests" if tests > 1 else ""
+
+
+def tested_on(certificate: Mapping[str, Any]) -> str:
+    """On how many prompts a test rests, and how many units they are where near duplicates count once."""
+    prompts, units = certificate["prompts"], certificate.get("units", certificate["prompts"])
+    told = f"{prompts} held-out prompts"
+    return told if units == prompts else f"{told} ({units} units: near duplicates and groups count once)"
 
 
 def round_record(number: int, lambda_: Sequence[float], figures: Mapping[str, Any]) -> dict[str, Any]:
