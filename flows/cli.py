@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -232,9 +233,11 @@ def check_data(
 ) -> int:
     """Check a data set and show what it holds."""
     experiment = _load("", {**(overrides or {}), "data.source": file}, limit=ANY_LIMIT)
+    from cdpo_core.data.lengths import length_lines
     from cdpo_core.data.prepare import check_source
 
-    for line in check_source(experiment).lines():
+    report = check_source(experiment)
+    for line in replace(report, notes=(*report.notes, *length_lines(experiment))).lines():
         _stdout().print(one_line(line), soft_wrap=True)
     return DONE
 

@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from cdpo_core.evaluation.cuts import cut_lines
 from cdpo_core.evaluation.decoding import decoding_words
 from cdpo_core.evaluation.result import cost_figures, tail_figures, verdict
 from cdpo_core.evaluation.sweep_result import choice_words
@@ -175,6 +176,7 @@ def _responses(result: Record) -> list[str]:
     cut = {name: row.get("unfinished") for name, row in _by_method(result).items()}
     if shares := [f"{name} {percent(share)}" for name, share in cut.items() if share]:
         lines.append(f"Cut before they ended: {', '.join(shares)}")
+    lines += cut_lines(result.get("cut") or {})
     return [*lines, *(f"warning: {text}" for text in result.get("warnings") or [])]
 
 

@@ -115,6 +115,7 @@ def _conduct(bench: Workbench) -> dict[str, Any]:
 def _outcome(prepared: Prepared, scored: Scored, alignment: Alignment, evaluation: Evaluation) -> Outcome:
     return Outcome(
         data=prepared.data,
+        reference=prepared.reference,
         pool_scores=scored.pool_scores,
         rounds=alignment.rounds,
         reason=alignment.reason,

@@ -83,7 +83,8 @@ def export_policy(reference: str, folder: Path, store_uri: str = "") -> dict[str
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(files / name, target)
             _write_decoding(whole, result)
-            (whole / "README.md").write_text(model_card(manifest, result), encoding="utf-8")
+            card = model_card(manifest, result) + _dated(whole)
+            (whole / "README.md").write_text(card, encoding="utf-8")
             if folder.exists():
                 folder.rmdir()
             whole.rename(folder)
@@ -124,6 +125,14 @@ def _write_decoding(folder: Path, result: Mapping[str, Any] | None) -> None:
     else:
         write_json(folder / DECODING, tested)
     write_json(folder / GENERATION, generation_settings(folder, tested))
+
+
+def _dated(folder: Path) -> str:
+    """A line on the date that the policy reads in every prompt, if its chat template writes one."""
+    day = json.loads((folder / "policy.json").read_text()).get("template_date")
+    if not day:
+        return ""
+    return f"\nIts chat template writes the date {day} on every day, as in all that is reported here.\n"
 
 
 def model_card(manifest: Manifest, result: Mapping[str, Any] | None) -> str:

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.config import ExperimentConfig
+from cdpo_core.data.lengths import length_lines
+from cdpo_core.evaluation.cuts import cut_warnings, policy_lines, read_cuts
 from cdpo_core.provenance import machine_record, mixed
 from cdpo_core.stages import Stage, reference_to, stage_key
 from flows.align import align
@@ -66,16 +68,18 @@ def plan_experiment(config: ExperimentConfig) -> dict[str, Any]:
 
     Returns:
         stages: [{name, cached, estimate}], estimate in seconds from earlier runs of the same part,
-        None where there was none; margin: [m] or None when the costs are not known yet; memory;
+        None where there was none; lengths: lines on what they cut;
+        margin: [m] or None when the costs are not known yet; memory;
         warnings; share: of δ that the next test would have (`tasks.ledger.Share`), None when its prompts
         are not known yet; price: what each limit would cost in reward, [] until the reference's samples are scored.
     """
     check_before_run(config)
     real = open_workbench(config)
     bench = PlanBench(config, real.store, real.scratch_root)
-    margin, share, warnings, price = None, None, [], []
+    margin, share, warnings, price, reference = None, None, [], [], None
     try:
         prepared = prepare.fn(bench)
+        reference = prepared.reference
         scored = preference_models.fn(bench, prepared)
         share = asdict(share_for(bench, prepared, scored))
         dual = plan_dual(bench, prepared, scored)
@@ -89,7 +93,10 @@ def plan_experiment(config: ExperimentConfig) -> dict[str, Any]:
     warnings += _mixed(bench)
     stages = [{"name": done.label, "cached": done.cached, "estimate": known.get(done.label)} for done in bench.results]
     stages += [{"name": name, "cached": False, "estimate": known.get(name)} for name in rest]
-    found = {"margin": margin, "share": share, "warnings": warnings, "price": price}
+    counted = read_cuts(bench.folder(reference)) if reference and reference.kind != PLANNED else {}
+    lengths = policy_lines(counted) if counted else length_lines(config)
+    warnings += cut_warnings({"policy": counted})
+    found = {"lengths": lengths, "margin": margin, "share": share, "warnings": warnings, "price": price}
     return {"stages": stages, "memory": _memory(config), **found}
 
 

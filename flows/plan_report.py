@@ -40,6 +40,7 @@ def print_plan(plan: Mapping[str, Any], config: ExperimentConfig, console: Conso
     limits = ", ".join(f"{item.name} ≤ {item.limit:g}" for item in config.constraints)
     lines.append(f"limits: {limits}; training aims lower, by {_margin(plan.get('margin'))}")
     lines.append(_share(plan.get("share"), config))
+    lines += plan.get("lengths") or []
     lines += [f"warning: {warning}" for warning in plan.get("warnings") or []]
     for line in lines:
         console.print(line, soft_wrap=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from cdpo_core.evaluation.cuts import cut_lines
 from cdpo_core.evaluation.decoding import decoding_words
 from cdpo_core.evaluation.result import each, mean_figures, spending_in_words, tail_figures, tested_on
 from tasks.report_words import explained, headline, interval, limits_of_meaning, meanings, percent, signed
@@ -56,6 +57,7 @@ def experiment_report(
         headline=headline(result),
         words=explained(result),
         warnings=_warnings(result),
+        lengths=cut_lines(result.get("cut") or {}),
         means=meanings(result),
         means_not=limits_of_meaning(result),
         certificates=_certificates(result),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cdpo_core.artifacts import ArtifactRef
+from cdpo_core.evaluation.cuts import cut_warnings, read_cuts
 from cdpo_core.evaluation.instrument import same_tokens_warning, unchecked, unfinished_warning
 from cdpo_core.evaluation.measure import Measured
 from cdpo_core.evaluation.result import constraint_records, each, verdict
@@ -28,6 +29,7 @@ class Outcome:
 
     Attributes:
         data: the data artifact.
+        reference: the reference policy.
         pool_scores: the reference's scored responses to the prompts that were split.
         rounds: the rounds' records, oldest first; empty when the limit was known to be out of reach.
         reason: why the rounds ended.
@@ -40,6 +42,7 @@ class Outcome:
     """
 
     data: ArtifactRef
+    reference: ArtifactRef
     pool_scores: ArtifactRef
     rounds: Sequence[Mapping[str, Any]]
     reason: str
@@ -71,6 +74,8 @@ def experiment_result(
     run_id = journal.run_id
     oracle = _oracle(outcome.oracle, feasible=certified is not None)
     machines = bench.machines()
+    folders = {"policy": outcome.reference, "scorers": outcome.pool_scores}
+    cut = {name: read_cuts(bench.folder(ref)) for name, ref in folders.items()}
     result: dict[str, Any] = {
         "name": bench.config.name,
         "status": "infeasible" if certified is None else "certified" if certified.passed else "not_certified",
@@ -89,7 +94,8 @@ def experiment_result(
             "effective_samples": plan.effective_samples,
         },
         "instrument": [failure.record() for failure in certified.failures] if certified else [],
-        "warnings": [*_warnings(names, plan, scorers, outcome), *filter(None, [mixed(machines)])],
+        "warnings": [*_warnings(names, plan, scorers, outcome), *cut_warnings(cut), *filter(None, [mixed(machines)])],
+        "cut": cut,
         "test": figures.pop("policy", None),
         "baselines": figures,
         "scorers": dict(scorers),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from cdpo_core.learning.dataset_pairs import dataset_responses
 from cdpo_core.learning.dpo import Groups, Round, load_groups, train_round
 from cdpo_core.models.logprobs import response_log_probs
 from cdpo_core.models.policy import load_policy
+from cdpo_core.models.prompt_tokens import read_prompt_tokens, write_prompt_tokens
 from cdpo_core.stages import Runtime, Slice
 
 
@@ -204,6 +206,21 @@ def test_without_reward_only_the_costs_decide(chain: dict[str, Path]) -> None:
     round_ = Round(policy, groups, config, torch.float32, 0, config.dpo.steps)
     round_.decide(config.lambda_)
     torch.testing.assert_close(round_.r_lambda, -2 * groups.costs[..., 0])
+
+
+def test_a_round_reads_the_prompts_that_the_reference_was_asked(chain: dict[str, Path], tmp_path: Path) -> None:
+    """Whatever a template would write today: log π_ref belongs to the stored tokens."""
+    shutil.copytree(chain["responses"], tmp_path / "responses")
+    stored = read_prompt_tokens(chain["responses"])
+    asked = {name: [*tokens[:1], 40, *tokens[1:]] for name, tokens in stored.items()}
+    write_prompt_tokens(list(asked), list(asked.values()), tmp_path / "responses")
+    dpo = round_slice().dpo
+    groups = load_groups({**chain, "responses": tmp_path / "responses"}, ["harm"], dpo)
+    assert groups.prompts == [asked[name] for name in groups.prompt_ids]
+    groups, reference = load_groups(chain, ["harm"], dpo), load_policy(chain["reference"])
+    with torch.no_grad():
+        now = response_log_probs(reference.model, groups.prompts, groups.responses, reference.pad_id)
+    torch.testing.assert_close(now, groups.ref_log_probs, atol=1e-4, rtol=1e-5)
 
 
 def test_the_datas_pairs_are_groups_of_two(chain: dict[str, Path], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 
 from cdpo_core.errors import InputError
+from cdpo_core.evaluation.cuts import policy_cuts, write_cuts
 from cdpo_core.learning.batches import Epochs, cut_into_passes, neighbours_order, policy_pass_tokens
 from cdpo_core.learning.loop import Schedule, fit, mixed_precision
 from cdpo_core.learning.losses import sft_loss
@@ -40,8 +41,9 @@ def train_sft(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: Run
         config: seed, base (`scratch` or `loaded`), policy.{template, max_prompt_tokens, max_response_tokens, dtype,
             trust_remote_code, hidden_size, layers, heads, vocabulary_size},
             sft.{train, steps, batch, learning_rate}.
-        inputs: data (demonstrations.parquet); base, a model folder, unless base is `scratch`.
-        out: gets the policy's Hugging Face folder with policy.json, and training.json.
+        inputs: data (demonstrations, prompts, preferences); base, a model folder, unless base is `scratch`.
+        out: gets the policy's Hugging Face folder with policy.json, training.json, and cut.json: how many of the
+            data's prompts and responses its lengths cut.
         runtime: device, micro_batch (demonstrations), scratch, progress.
 
     Raises:
@@ -62,6 +64,14 @@ def train_sft(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: Run
     policy.model.to(getattr(torch, config.policy.dtype))
     save_policy(policy, out)
     write_json(out / "training.json", {"steps": records})
+    write_cuts(policy_cuts(policy, *_all_texts(inputs["data"])), out)
+
+
+def _all_texts(data: Path) -> tuple[list[str], list[str]]:
+    """Every prompt, and every response that came with the data."""
+    pairs = pd.read_parquet(data / "preferences.parquet", columns=["response_0", "response_1"])
+    prompts = pd.read_parquet(data / "prompts.parquet", columns=["prompt"])
+    return prompts["prompt"].tolist(), pd.concat([pairs["response_0"], pairs["response_1"]]).tolist()
 
 
 def _starting_policy(
