@@ -35,9 +35,9 @@ def _scorer_group(
     sign: str,
     heads: list[dict[str, str]],
 ) -> ArtifactRef:
-    inputs = {"data": data, "sft": reference}
-    if base not in RESERVED_BASES:
-        inputs["base"] = external_model(base, revision)
+    # A base from outside does not depend on the reference: another one finds the scorer there already.
+    model = {"sft": reference} if base in RESERVED_BASES else {"base": external_model(base, revision)}
+    inputs = {"data": data, **model}
     word = base if base in RESERVED_BASES else "loaded"
     label = " and ".join(head["name"] for head in heads) + " model"
     return bench.run(pipeline.SCORERS, inputs, label, base=word, train=train, sign=sign, heads=heads)

@@ -130,7 +130,7 @@ def training(home: Path, stage: str, before: str, count: int = 1) -> Moment:
 
     def moment() -> bool:
         is_next = stored(home, before) >= count and not stored(home, stage)
-        return is_next and any(home.glob("scratch/*/checkpoint.safetensors"))
+        return is_next and any(home.glob("scratch/*/checkpoint-*.safetensors"))
 
     return moment
 

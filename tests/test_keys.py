@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from safetensors.numpy import save_file
 
 import cdpo_core
 from cdpo_core import errors, pipeline
-from cdpo_core.artifacts import external_ref
+from cdpo_core.artifacts import ArtifactRef, external_ref
 from cdpo_core.code_version import MESSAGES, source_version
 from cdpo_core.local_store import LocalStore
 from cdpo_core.models.checkpoints import weights_format
 from cdpo_core.pipeline import machine_fields
 from cdpo_core.provenance import device_kind
 from cdpo_core.stages import Runtime, Stage, slice_of, stage_key
+from tasks.preference_models import train_scorers
 from tasks.workbench import Workbench
 
 FLOAT, HALF = ({"policy": name, "scorers": name} for name in ("float32", "bfloat16"))
@@ -95,6 +97,24 @@ def test_what_does_not_act_reaches_no_stage() -> None:
     assert slice_.sft.as_dict() == {"train": False}
     with pytest.raises(AttributeError, match="hidden_size"):
         _ = slice_.policy.hidden_size
+
+
+class Noting(Workbench):
+    """A workbench that notes what each stage would read."""
+
+    def run(self, stage: Stage, inputs: Mapping[str, ArtifactRef], label: str = "", **extra: Any) -> ArtifactRef:
+        self.read = set(inputs)
+        return ArtifactRef(uri="", digest="", kind=stage.kind)
+
+
+@pytest.mark.parametrize(("outside", "read"), [(False, {"data", "sft"}), (True, {"data", "base"})])
+def test_a_scorer_from_outside_does_not_depend_on_the_reference(outside: bool, read: set[str], tmp_path: Path) -> None:
+    base = str(model_folder(tmp_path / "model")) if outside else "sft"
+    config = ExperimentConfig.model_validate({"reward": {"base": base}})
+    bench = Noting(config, LocalStore(tmp_path / "store"), tmp_path)
+    ref = ArtifactRef(uri="", digest="", kind="")
+    train_scorers(bench, ref, ref)
+    assert bench.read == read
 
 
 # Model folders

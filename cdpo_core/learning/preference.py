@@ -84,8 +84,8 @@ def train_scorers(config: Slice, inputs: Mapping[str, Path], out: Path, runtime:
             whose larger scores are safer), policy.{max_prompt_tokens, max_response_tokens,
             template_date, trust_remote_code}, reward.{epochs, batch, learning_rate,
             optimizer}.
-        inputs: data (prompts, preferences, summary.json), sft (policy), base (model folder) when
-            base is `loaded`.
+        inputs: data (prompts, preferences, summary.json); base (model folder) when base is `loaded`, else
+            sft (policy).
         out: gets the scorer's folder, training.json and report.json: for each head the accuracy on
             held-out prompts with its interval, its calibration, a warning if it may rank at random, and
             `same_tokens` of `all_pairs`: how many were set aside, because the scorer reads both responses as the
