@@ -11,6 +11,7 @@ import pytest
 import report_kit
 
 from cdpo_core.dual.certificate import Certificate
+from cdpo_core.dual.two_phase import Covariate
 from cdpo_core.evaluation.decoding import Decoding
 from cdpo_core.evaluation.instrument import (
     failed_chance,
@@ -25,9 +26,14 @@ from cdpo_core.evaluation.metrics import Estimate
 from cdpo_core.evaluation.result import verdict
 from tasks import evaluation
 from tasks.evaluation import Certified, examined
+from tasks.ledger import Share
 from tasks.metric_points import result_points, result_tags, round_points
 from tasks.report_words import explained, meanings
 
+PASSED = Certificate(
+    -0.5, -0.4, 0.05, "t", 4, True, 0.1, high=10.0, pool=8, covariate=Covariate(0.5, -1.0, 1.0), foreseen=0.1
+)
+SHARE = Share(delta=0.05, asked=0.05, spending="none", uses=0, tests=1)
 DECODING = Decoding(0.5, 32, 64, "{prompt}", (2,))
 
 
@@ -87,6 +93,7 @@ def test_without_labels_nothing_fails_and_it_is_said() -> None:
         (0.05, 0.0, -0.02, [0.4, 0.3], False),  # just below the limit, and far below what was made without it
         (0.05, 0.0, -0.02, [-0.3, -0.1], True),  # just below a limit that no policy needed
         (0.05, 0.0, -0.5, [-0.6], False),  # far below it
+        (0.51, 0.0, 2.8, [0.1], False),  # the test has failed by itself: the zero is not what stood in its way
         (0.0, 0.0, 0.0, [], False),
     ],
 )
@@ -125,8 +132,7 @@ def test_the_cut_share_is_a_figure_of_every_measurement() -> None:
 
 
 def certified(part: Measured) -> Certified:
-    passed = Certificate(-0.5, -0.4, 0.05, "t", 4, True, 0.1)
-    return Certified([passed], part, 1, ["harm"], DECODING)
+    return Certified([PASSED], part, SHARE, 1, ["harm"], DECODING)
 
 
 def asked(monkeypatch: pytest.MonkeyPatch, part: Measured, of_scorer: dict[str, Any]) -> Certified:
@@ -175,10 +181,9 @@ def test_the_words_say_which_instrument_failed_and_what_to_do() -> None:
 
 def test_a_failure_of_one_cost_leaves_the_others_their_certificates() -> None:
     part = measured(GOOD)
-    passed = Certificate(-0.5, -0.4, 0.05, "t", 4, True, 0.1)
     failure = failed_spread("lies", 0.0)
     assert failure is not None
-    both = Certified([passed, passed], part, 1, ["harm", "lies"], DECODING, [failure])
+    both = Certified([PASSED, PASSED], part, SHARE, 1, ["harm", "lies"], DECODING, [failure])
     assert [both.record(index)["passed"] for index in (0, 1)] == [True, False]
     assert not both.passed
     assert np.isfinite(both.record(0)["upper"])

@@ -103,7 +103,8 @@ def failed_units(
     That distance is from the bound up to the limit, or up to the policies that were made without the limit, whichever
     is farther: what the certificate tells apart from a policy that breaks the limit. The error of the zero
     (`calibration.calibration_error`) shifts all costs alike. Where its 95 % interval is wider than that distance, the
-    labels allow a zero at which the certified policy breaks the limit by as much as all that was gained on it.
+    labels allow a zero at which the certified policy breaks the limit by as much as all that was gained on it. A bound
+    above the limit certifies nothing, and nothing is asked of it.
 
     Args:
         name: the constraint's.
@@ -113,7 +114,7 @@ def failed_units(
         others: mean costs of policies made without the limit (the reference, λ = 0).
     """
     error = report.get("calibration_error")
-    if error is None:
+    if error is None or upper > limit:
         return None
     half_width, distance = ERRORS * error, max([limit, *others]) - upper
     if half_width <= distance:
