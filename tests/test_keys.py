@@ -110,7 +110,7 @@ class Noting(Workbench):
 @pytest.mark.parametrize(("outside", "read"), [(False, {"data", "sft"}), (True, {"data", "base"})])
 def test_a_scorer_from_outside_does_not_depend_on_the_reference(outside: bool, read: set[str], tmp_path: Path) -> None:
     base = str(model_folder(tmp_path / "model")) if outside else "sft"
-    config = ExperimentConfig.model_validate({"reward": {"base": base}})
+    config = limited({"reward": {"base": base}})
     bench = Noting(config, LocalStore(tmp_path / "store"), tmp_path)
     ref = ArtifactRef(uri="", digest="", kind="")
     train_scorers(bench, ref, ref)

@@ -68,7 +68,7 @@ def test_the_run_of_a_stopped_worker_does_not_seem_to_run_for_ever(team: Team, h
         _is_as_never_stopped(home, finished)
     else:
         assert team.state(run_id) == "Crashed"
-        assert any(home.glob("scratch/*/checkpoint.safetensors"))
+        assert any(home.glob("scratch/*/checkpoint-*.safetensors"))
 
 
 def test_a_dead_run_that_is_cancelled_does_not_stay_cancelling(team: Team, home: Path) -> None:
@@ -109,7 +109,7 @@ def _cancelled_in_training(team: Team, home: Path, own_process: bool) -> UUID:
     until(lambda: team.state(run_id) == "Cancelled", lambda: str(team.run(run_id).state))
     until(lambda: not team.unfinished(run_id))
     assert _mlflow_status(home) == "KILLED"
-    assert any(home.glob("scratch/*/checkpoint.safetensors"))
+    assert any(home.glob("scratch/*/checkpoint-*.safetensors"))
     return run_id
 
 

@@ -85,7 +85,7 @@ def _moments(home: Path, stages: int, random: Random) -> dict[str, Moment]:
 
         def is_on() -> bool:
             is_next = _stored(home, before) >= stored and _stored(home, stage) == number - 1
-            return is_next and any(home.glob("scratch/*/checkpoint.safetensors"))
+            return is_next and any(home.glob("scratch/*/checkpoint-*.safetensors"))
 
         return _a_while_after(is_on, random.uniform(0, 5))
 
