@@ -3,7 +3,8 @@
     python benchmarks/many_tries.py [--draws 4000] [--seeds 10]
 
 Ten seeds share their prompts only in part, as splits of one data set do. With `certificate.spending: squares` some
-policy passes in at most δ of all stores; with `none` the chance grows with every seed.
+policy passes in at most δ of all stores; with `none` the chance grows with every seed. The costs are normal and the test is
+Student's, which errs at exactly its level there: the certificate's own tests err less (`certificate_calibration.py`).
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
-from cdpo_core.dual.certificate import certify
 from cdpo_core.dual.spending import Spending, share_of
 from cdpo_core.randomness import numpy_stream
 from tasks.ledger import Ledger
@@ -62,7 +63,8 @@ def some_pass(draws: int, spending: Spending, seeds: int = 10, delta: float = DE
             held_out = generator.permutation(PROMPTS)[:HELD_OUT]
             use = ledger.draw(str(seed), {str(place) for place in held_out})
             costs = shared[held_out] + OWN * generator.standard_normal(HELD_OUT)
-            if certify(costs, 0.0, share_of(delta, use.uses, spending), "t").passed:
+            quantile = stats.t.ppf(1 - share_of(delta, use.uses, spending), HELD_OUT - 1)
+            if costs.mean() + quantile * costs.std(ddof=1) / HELD_OUT**0.5 <= 0:
                 passed += 1
                 break
     return passed / draws
