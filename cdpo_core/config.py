@@ -88,7 +88,7 @@ class PolicyConfig(Section):
     max_response_tokens: int = Field(32, ge=1, description="Responses are cut, and sampling ends, at this length (tokens).", json_schema_extra={"position": 8})
     lora_rank: int = Field(0, ge=0, description="Rank of LoRA adapters in preference training; 0 trains all weights.", json_schema_extra={"position": 9})
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Number format of the weights.", json_schema_extra={"position": 10})
-    trust_remote_code: bool = Field(False, description="Allow code that comes with a model to run.", json_schema_extra={"position": 11})
+    trust_remote_code: bool = Field(False, description="Allow code that comes with policy.base to run, here and where scorers start from it.", json_schema_extra={"position": 11})
     template_date: str = Field("2026-01-01", pattern=r"^\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])$", description="The day that a chat template which asks for the date writes into every prompt, so that a policy reads the same on every day (YYYY-MM-DD).", json_schema_extra={"position": 12})
 
 
@@ -111,6 +111,7 @@ class RewardConfig(Section):
     batch: int = Field(128, ge=1, description="Pairs a step.", json_schema_extra={"position": 4})
     learning_rate: float = Field(4e-3, gt=0, description="Peak learning rate.", json_schema_extra={"position": 5})
     optimizer: Literal["muon", "adamw"] = Field("muon", description="`muon` for the layers' matrices, with AdamW for the rest (adapters too), learns in fewer steps; `adamw` for all.", json_schema_extra={"position": 6})
+    trust_remote_code: bool = Field(False, description="Allow code that comes with reward.base to run.", json_schema_extra={"position": 7})
 
 
 class ConstraintConfig(Section):
@@ -123,6 +124,7 @@ class ConstraintConfig(Section):
     revision: str = Field("", description="Hub revision to pin.", json_schema_extra={"position": 4})
     train: bool = Field(True, description="Train on the labels; false takes a ready cost model as it is.", json_schema_extra={"position": 5})
     sign: Literal["harmful", "safe"] = Field("harmful", description="What a larger score of a ready model means; `safe` flips it.", json_schema_extra={"position": 6})
+    trust_remote_code: bool = Field(False, description="Allow code that comes with this base to run.", json_schema_extra={"position": 7})
 
 
 class DpoConfig(Section):

@@ -137,7 +137,6 @@ SCORERS = Stage(
         "policy.max_prompt_tokens",
         "policy.max_response_tokens",
         "policy.template_date",
-        "policy.trust_remote_code",
         *SCORER_TRAINING,
     ),
     (
@@ -206,13 +205,14 @@ ENUMERATION = Stage(
     "enumeration",
     "enumeration",
     _core("cdpo_core.testbed.judge:enumerate_reference"),
-    ("evaluation.judged_prompts",),
+    ("evaluation.judged_prompts", "policy.trust_remote_code"),
     models=("policy", "scorers"),
 )
 POLICY_ENUMERATION = Stage(
     "policy-enumeration",
     "enumeration",
     _core("cdpo_core.testbed.judge:enumerate_policy"),
+    ("policy.trust_remote_code",),
     models=("policy",),
 )
 JUDGEMENT = Stage(

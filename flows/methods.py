@@ -21,6 +21,7 @@ from tasks.comparison import compute_spent, value_on
 from tasks.dual import OfflinePlan, candidate, choose_round, dual_round, plan_dual
 from tasks.evaluation import enumerate_reference, has_judge, judge_policy, test_policy
 from tasks.prefect_patience import part
+from tasks.preference_models import trusted_scorers
 from tasks.records import Prepared, Scored
 from tasks.rounds import measure_policy, train_policy
 from tasks.workbench import Workbench, open_workbench
@@ -199,6 +200,7 @@ def _safe_rlhf(world: World, bench: Workbench, method: Method, settings: Mapping
         constraints=[{"name": item.name, "labels": item.labels} for item in config.constraints],
         targets=[round(float(value), 6) for value in _targets(plan_dual(bench, prepared, scored))],
         safe_rlhf=SafeRlhfSettings(**method.own_settings(settings)).model_dump(mode="json"),
+        **(trusted_scorers(config) if scored.scorers else {}),
     )
     return Trained(bench, policy, [], 1, False, compute_spent(bench, _made(bench)))
 

@@ -20,6 +20,8 @@ from tasks.workbench import store_of
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
+    from cdpo_core.config import ConstraintConfig, PolicyConfig, RewardConfig
+
 SHARED = "reward"
 """The base of a cost model that is a further head on the reward model's backbone."""
 
@@ -48,8 +50,8 @@ def check_before_run(config: ExperimentConfig, *, serve: bool = False) -> None:
         return
     _check_machine(config)
     _check_words(config)
-    for field, base, revision, heads in _models(config):
-        _check_model(field, base, revision, heads)
+    for field, base, revision, heads, trusted in _models(config):
+        _check_model(field, base, revision, heads, trusted)
     check_source(config)
     if serve:
         start_prefect_server(cdpo_home() / "logs")
@@ -124,6 +126,7 @@ def _check_words(config: ExperimentConfig) -> None:
             where="sft.train",
             fix="set it to true, or give the folder or hub id of a ready policy in policy.base",
         )
+    _check_trust(config)
     if config.oracle_scorers:
         return
     if not config.reward.train and config.reward.base in RESERVED_BASES:
@@ -139,6 +142,20 @@ def _check_words(config: ExperimentConfig) -> None:
             raise _untrained(f"constraints.{at}", item.base)
 
 
+def _check_trust(config: ExperimentConfig) -> None:
+    """Code is trusted of a model that is named beside it, and of no other."""
+    switches: dict[str, PolicyConfig | RewardConfig | ConstraintConfig]
+    switches = {"policy": config.policy, "reward": config.reward}
+    switches |= {f"constraints.{at}": item for at, item in enumerate(config.constraints)}
+    for section, item in switches.items():
+        if item.trust_remote_code and item.base in (*RESERVED_BASES, SHARED):
+            raise InputError(
+                f"{section} names no model whose code could run: its base is {item.base!r}",
+                where=f"{section}.trust_remote_code",
+                fix="leave it out: a scorer from `sft` has the policy's, a cost that shares `reward` the reward's",
+            )
+
+
 def _untrained(section: str, base: str) -> InputError:
     return InputError(
         f"{section}.train is false, but its base {base!r} is no ready model",
@@ -147,26 +164,29 @@ def _untrained(section: str, base: str) -> InputError:
     )
 
 
-def _models(config: ExperimentConfig) -> Iterator[tuple[str, str, str, list[str]]]:
-    """Each model from outside: its field, base, revision, and the scores that it must give as it is."""
+def _models(config: ExperimentConfig) -> Iterator[tuple[str, str, str, list[str], bool]]:
+    """Each model from outside: its field, base, revision, the scores that it must give as it is, may its code run."""
     if config.policy.base != "scratch":
-        yield "policy.base", config.policy.base, config.policy.revision, []
+        yield "policy.base", config.policy.base, config.policy.revision, [], config.policy.trust_remote_code
     if config.oracle_scorers:
         return
     if config.reward.base not in RESERVED_BASES:
         shared = [item.name for item in config.constraints if item.base == SHARED]
         heads = [] if config.reward.train else ["reward", *shared]
-        yield "reward.base", config.reward.base, config.reward.revision, heads
+        yield "reward.base", config.reward.base, config.reward.revision, heads, config.reward.trust_remote_code
     for at, item in enumerate(config.constraints):
         if item.base not in (*RESERVED_BASES, SHARED):
-            yield f"constraints.{at}.base", item.base, item.revision, [] if item.train else [item.name]
+            heads = [] if item.train else [item.name]
+            yield f"constraints.{at}.base", item.base, item.revision, heads, item.trust_remote_code
 
 
-def _check_model(field: str, base: str, revision: str, heads: list[str]) -> None:
-    from cdpo_core.models.checkpoints import check_model, is_local, local_folder
+def _check_model(field: str, base: str, revision: str, heads: list[str], trusted: bool) -> None:
+    from cdpo_core.models.checkpoints import check_model, check_own_code, is_local, local_folder
 
     try:
         check_model(base, revision)
+        if is_local(base) and not trusted:
+            check_own_code(local_folder(base))
         if heads and is_local(base):
             from cdpo_core.models.ready_scorer import check_ready_scorer
 

@@ -16,7 +16,7 @@ from cdpo_core.evaluation.decoding import Decoding, decoding_of
 from cdpo_core.evaluation.instrument import Failure
 from cdpo_core.evaluation.measure import Measured
 from tasks.ledger import Share, enter_test
-from tasks.preference_models import scorer_reports
+from tasks.preference_models import scorer_reports, trusted_scorers
 from tasks.records import Prepared, Scored
 from tasks.rounds import measure_policy, measured_from, reference_costs
 from tasks.workbench import Workbench
@@ -204,7 +204,8 @@ def enumerate_reference(bench: Workbench, prepared: Prepared, scored: Scored) ->
     """On the testbed: the reference's exact probabilities and the learned scores over all responses."""
     inputs = {"data": prepared.data, "reference": prepared.reference, "splits": scored.splits}
     inputs |= {f"scorers_{index}": ref for index, ref in enumerate(scored.scorers)}
-    return bench.run(pipeline.ENUMERATION, inputs, "exact reference")
+    trusted = trusted_scorers(bench.config) if scored.scorers else {}
+    return bench.run(pipeline.ENUMERATION, inputs, "exact reference", **trusted)
 
 
 def judge_policy(

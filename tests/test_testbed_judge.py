@@ -226,7 +226,12 @@ def test_the_two_stages(artifacts: dict[str, Path], tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     runtime = Runtime(progress=lambda what, done, total: seen.append((what, done, total)))
     inputs = {name: artifacts[name] for name in ("data", "splits", "reference", "scorers_0")}
-    enumerate_reference(Slice({"evaluation": {"judged_prompts": 5}}), inputs, enumeration, runtime)
+    enumerate_reference(
+        Slice({"evaluation": {"judged_prompts": 5}, "policy": {"trust_remote_code": False}}),
+        inputs,
+        enumeration,
+        runtime,
+    )
 
     table = pd.read_parquet(enumeration / "judged.parquet")
     assert len(table) == 20
@@ -241,7 +246,7 @@ def test_the_two_stages(artifacts: dict[str, Path], tmp_path: Path) -> None:
 
     def judge_at(policy: Path) -> None:
         inputs = {"data": data, "enumeration": enumeration}
-        enumerate_policy(Slice({}), {**inputs, "policy": policy}, out, runtime)
+        enumerate_policy(Slice({"policy": {"trust_remote_code": False}}), {**inputs, "policy": policy}, out, runtime)
         judge_policy(config, {**inputs, "policy": out}, out, Runtime())
 
     judge_at(artifacts["policy"])
@@ -260,7 +265,12 @@ def test_the_two_stages(artifacts: dict[str, Path], tmp_path: Path) -> None:
 
 def test_constraints_the_world_does_not_know_are_refused(artifacts: dict[str, Path], tmp_path: Path) -> None:
     inputs = {name: artifacts[name] for name in ("data", "splits", "reference")}
-    enumerate_reference(Slice({"evaluation": {"judged_prompts": 5}}), inputs, tmp_path, Runtime())
+    enumerate_reference(
+        Slice({"evaluation": {"judged_prompts": 5}, "policy": {"trust_remote_code": False}}),
+        inputs,
+        tmp_path,
+        Runtime(),
+    )
     for wrong in (
         {"limits": [-0.5, 0.0], "margins": [0.0, 0.0]},
         {"limits": [-0.5], "margins": [0.0], "constraints": [{"name": "rude", "labels": "rude"}]},

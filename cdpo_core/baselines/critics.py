@@ -86,11 +86,18 @@ class Judge:
         inputs: data, scorers_0, ... (none of them when the truth scores).
         constraints: {name, labels} of each cost.
         device: where scorers run.
+        trusted: the scorers whose own code may run.
     """
 
-    def __init__(self, inputs: Mapping[str, Path], constraints: Sequence[Mapping[str, str]], device: str) -> None:
+    def __init__(
+        self,
+        inputs: Mapping[str, Path],
+        constraints: Sequence[Mapping[str, str]],
+        device: str,
+        trusted: Sequence[str] = (),
+    ) -> None:
         names = sorted(name for name in inputs if name.startswith("scorers_"))
-        self.scorers = [load_scorer(inputs[name], device) for name in names]
+        self.scorers = [load_scorer(inputs[name], device, trust_remote_code=name in trusted) for name in names]
         self.constraints = constraints
         self.world = None if names else World.load(inputs["data"] / "world.json")
         prompts = pd.read_parquet(inputs["data"] / "prompts.parquet", columns=["prompt_id", "prompt"])

@@ -74,7 +74,7 @@ def train_safe_rlhf(config: Slice, inputs: Mapping[str, Path], out: Path, runtim
     Args:
         config: seed, policy.{max_prompt_tokens, max_response_tokens, trust_remote_code}, dpo.beta, constraints
             ([{name, labels}], one for each of m costs), targets [m] (the mean costs it aims at, cost units),
-            safe_rlhf (the fields of `SafeRlhfSettings`).
+            safe_rlhf (the fields of `SafeRlhfSettings`), trusted (scorers whose own code may run; absent is none).
         inputs: data, reference (policy), splits, scorers_0, ... (none: the testbed's truth scores).
         out: gets the policy's Hugging Face folder, and training.json: {steps, updates, generated_tokens, lambda}.
         runtime: device, micro_batch (responses, sampling), progress.
@@ -135,7 +135,7 @@ class _Trainer:
         self.critics = [Critic(self.reference).to(policy.device) for _ in ("reward", *self.names)]
         for critic in self.critics:
             critic.requires_grad_(True)
-        self.judge = Judge(inputs, config.constraints, runtime.device)
+        self.judge = Judge(inputs, config.constraints, runtime.device, getattr(config, "trusted", ()))
         self.prompt_ids, self.prompts = _policy_prompts(policy, inputs)
         count, settings = len(self.prompts), self.settings
         self.epochs = Epochs(

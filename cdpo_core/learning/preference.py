@@ -81,8 +81,8 @@ def train_scorers(config: Slice, inputs: Mapping[str, Path], out: Path, runtime:
     Args:
         config: seed, heads (list of {name, labels}; labels "" is "better", for the reward), base
             (`sft`, `scratch` or `loaded`), train, sign (`harmful`, or `safe` for a ready cost model
-            whose larger scores are safer), policy.{max_prompt_tokens, max_response_tokens,
-            template_date, trust_remote_code}, reward.{epochs, batch, learning_rate,
+            whose larger scores are safer), trusted (code that comes with the model may run; absent is no),
+            policy.{max_prompt_tokens, max_response_tokens, template_date}, reward.{epochs, batch, learning_rate,
             optimizer}.
         inputs: data (prompts, preferences, summary.json); base (model folder) when base is `loaded`, else
             sft (policy).
@@ -241,7 +241,7 @@ def _starting_scorer(config: Slice, inputs: Mapping[str, Path]) -> Scorer:
     names = [head["name"] for head in config.heads]
     folder = _base_folder(config, inputs)
     lengths = (config.policy.max_prompt_tokens, config.policy.max_response_tokens)
-    trusted = config.policy.trust_remote_code
+    trusted = bool(getattr(config, "trusted", False))
     day = config.policy.template_date
     if not config.train:
         flip = config.sign == "safe"

@@ -23,7 +23,8 @@ def score_responses(config: Slice, inputs: Mapping[str, Path], out: Path, runtim
     """Stage: one row of scores for each response; writes scores.parquet.
 
     Args:
-        config: constraints (list of {name, labels}), oracle (whether the testbed's truth scores).
+        config: constraints (list of {name, labels}), oracle (whether the testbed's truth scores),
+            trusted (the scorers whose own code may run; absent is none).
         inputs: data (prompts; world.json if oracle), responses, scorers_0, scorers_1, ... with
             together a head `reward` and one for each constraint.
         out: gets scores.parquet: prompt_id, sample, unit (of the prompt: what counts as one observation), reward,
@@ -59,7 +60,7 @@ def _learned(
         runtime.progress("scores", done, total)
 
     for part in sorted(name for name in inputs if name.startswith("scorers_")):
-        scorer = load_scorer(inputs[part], runtime.device)
+        scorer = load_scorer(inputs[part], runtime.device, trust_remote_code=part in getattr(config, "trusted", ()))
         scores, counts = scorer.score_counted(*texts, runtime.micro_batch, progress, Chunks(runtime.scratch, part))
         values |= {name: scores[:, index].numpy() for index, name in enumerate(scorer.names)}
         cut[" and ".join(scorer.names)] = counts

@@ -228,10 +228,35 @@ def local_folder(base: str | Path, revision: str = "") -> Path:
 def not_loaded(base: str | Path, error: Exception) -> InputError:
     """The error for a model that transformers or the hub refused."""
     reason = next(iter(str(error).splitlines()), type(error).__name__)
+    if "trust_remote_code" in str(error):
+        return own_code(base)
     return InputError(
         f"the model cannot be loaded: {reason}",
         where=str(base),
         fix="check the path or hub id; without a network only local folders and cached models load",
+    )
+
+
+def check_own_code(folder: Path) -> None:
+    """Check that a model folder loads without code that comes with it.
+
+    Raises:
+        InputError: transformers does not know its kind, and the folder brings code for it.
+    """
+    config = read_model_config(folder)
+    if config.get("auto_map"):
+        from transformers import CONFIG_MAPPING
+
+        if config.get("model_type") not in CONFIG_MAPPING:
+            raise own_code(folder)
+
+
+def own_code(base: str | Path) -> InputError:
+    """The error for a model that loads only with code that comes with it, which may not run."""
+    return InputError(
+        "the model comes with code of its own, which is not run",
+        where=str(base),
+        fix="if you trust it, set trust_remote_code beside its base: of policy, reward or constraints.N",
     )
 
 

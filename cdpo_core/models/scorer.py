@@ -23,6 +23,7 @@ from cdpo_core.models.checkpoints import (
     check_model_folder,
     check_safetensors,
     hub_options,
+    own_code,
     read_model_config,
     scrub_folder,
     write_json,
@@ -332,7 +333,7 @@ def load_backbone(
     """A model folder's body without its language model head (its classifier's head kept if `pooled`).
 
     Raises:
-        InputError: no such model, no safetensors, or damaged weights.
+        InputError: no such model, no safetensors, damaged weights, or code of its own that may not run.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -351,6 +352,8 @@ def load_backbone(
             **options,
         )
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise own_code(folder) from error
         raise InputError(
             f"the scorer's model cannot be loaded: {str(error).splitlines()[0]}",
             where=str(folder),

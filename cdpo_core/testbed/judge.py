@@ -38,7 +38,8 @@ def enumerate_reference(config: Slice, inputs: Mapping[str, Path], out: Path, ru
     """Stage: the judged prompts with the reference's and the scorers' view of every response.
 
     Args:
-        config: evaluation.judged_prompts (a split).
+        config: evaluation.judged_prompts (a split), policy.trust_remote_code, trusted (scorers whose own code may
+            run; absent is none).
         inputs: data (testbed), reference (policy), splits, scorers_0, ... (none in oracle mode).
         out: gets judged.parquet (prompt_id, prompt, kind, split), enumeration.safetensors (log_ref [P, R]
             float64 nats, not renormalised; scores [P, R, heads] float32, calibrated units), heads.json
@@ -51,7 +52,7 @@ def enumerate_reference(config: Slice, inputs: Mapping[str, Path], out: Path, ru
     splits = pd.read_parquet(inputs["splits"] / "splits.parquet")
     judged = judged_subset(world, prompts.drop(columns="split").merge(splits, on="prompt_id"), config)
     texts = judged["prompt"].tolist()
-    reference = load_policy(inputs["reference"], device=runtime.device)
+    reference = load_policy(inputs["reference"], config_policy=config.policy, device=runtime.device)
 
     def progress(done: int, total: int) -> None:
         runtime.progress("enumeration", done, total)
@@ -62,7 +63,7 @@ def enumerate_reference(config: Slice, inputs: Mapping[str, Path], out: Path, ru
     names: list[str] = []
     scores = [np.empty((len(texts), len(world.responses), 0))]
     for name in sorted(name for name in inputs if name.startswith("scorers_")):
-        scorer = load_scorer(inputs[name], runtime.device)
+        scorer = load_scorer(inputs[name], runtime.device, trust_remote_code=name in getattr(config, "trusted", ()))
         scores.append(grammar_scores(scorer, texts, world, runtime.micro_batch, progress, kept(name)))
         names += scorer.names
     write_table(judged, out / "judged.parquet")
@@ -103,14 +104,14 @@ def enumerate_policy(config: Slice, inputs: Mapping[str, Path], out: Path, runti
     """Stage: a policy's log-probability of every response to the judged prompts, for every limit the same.
 
     Args:
-        config: nothing.
+        config: policy.trust_remote_code.
         inputs: data (testbed), enumeration, policy.
         out: gets log_policy.safetensors: log_policy [P, R] float64 nats, not renormalised.
         runtime: device, micro_batch (responses), scratch, progress.
     """
     world = World.load(inputs["data"] / "world.json")
     judged = pd.read_parquet(inputs["enumeration"] / "judged.parquet")
-    policy = load_policy(inputs["policy"], device=runtime.device)
+    policy = load_policy(inputs["policy"], config_policy=config.policy, device=runtime.device)
 
     def progress(done: int, total: int) -> None:
         runtime.progress("exact policy", done, total)
