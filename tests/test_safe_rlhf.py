@@ -36,7 +36,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 class ShortIsSafe:
     """Scores for the toy world: each word earns 1, each letter costs."""
 
-    def __init__(self, inputs: object, constraints: object, device: object) -> None: ...
+    def __init__(self, inputs: object, constraints: object, device: object, trusted: object = ()) -> None: ...
 
     def score(self, prompt_ids: list[str], responses: list[str]) -> tuple[np.ndarray, np.ndarray]:
         words = np.array([len(text.split()) for text in responses], dtype=float)
