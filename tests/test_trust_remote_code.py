@@ -97,7 +97,7 @@ def _marked(folder: Path, architecture: str) -> Path:
 
 
 def config_with(**sections: Any) -> ExperimentConfig:
-    return ExperimentConfig.model_validate({"policy": {"base": "x"}, **sections})
+    return ExperimentConfig.model_validate({"constraints": [{"limit": 0}], **sections})
 
 
 def policy_slice(fields: tuple[str, ...], trusted: bool, **extra: Any) -> Slice:
@@ -169,7 +169,7 @@ def test_a_scorer_s_code_runs_with_its_own_switch_alone(
     for folder in folders.values():
         folder.mkdir()
     save_scorer(scorer, folders["scorers_0"])
-    pd.DataFrame({"prompt_id": ["a"], "prompt": ["ask"]}).to_parquet(folders["data"] / "prompts.parquet")
+    pd.DataFrame({"prompt_id": ["a"], "prompt": ["ask"], "unit": ["a"]}).to_parquet(folders["data"] / "prompts.parquet")
     drawn = pd.DataFrame({"prompt_id": ["a"], "sample": [0], "response": ["a friend"]})
     drawn.to_parquet(folders["responses"] / "responses.parquet")
     out = folders.pop("out")
@@ -190,8 +190,8 @@ def test_each_switch_is_for_the_model_beside_it() -> None:
                 "policy": {"base": "p", "trust_remote_code": "policy" in switched},
                 "reward": {"base": reward, "trust_remote_code": "reward" in switched},
                 "constraints": [
-                    {"name": "harm", "base": harm, "trust_remote_code": "harm" in switched},
-                    {"name": "bias", "base": bias, "trust_remote_code": "bias" in switched},
+                    {"name": "harm", "limit": 0, "base": harm, "trust_remote_code": "harm" in switched},
+                    {"name": "bias", "limit": 0, "base": bias, "trust_remote_code": "bias" in switched},
                 ],
             }
         )
