@@ -3,8 +3,9 @@
     python benchmarks/many_tries.py [--draws 4000] [--seeds 10]
 
 Ten seeds share their prompts only in part, as splits of one data set do. With `certificate.spending: squares` some
-policy passes in at most δ of all stores; with `none` the chance grows with every seed. The costs are normal and the test is
-Student's, which errs at exactly its level there: the certificate's own tests err less (`certificate_calibration.py`).
+policy passes in at most δ of all stores; with `none` the chance grows with every seed. The costs are normal and the
+test is Student's, which errs at exactly its level there: the certificate's own tests err less
+(`certificate_calibration.py`).
 """
 
 from __future__ import annotations
