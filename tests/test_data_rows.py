@@ -8,9 +8,9 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from config_kit import limited
 from test_data_input import DROP, Row, changed, configured, pair_rows, write_lines
 
-from cdpo_core.config import ExperimentConfig
 from cdpo_core.data.prepare import check_source
 from cdpo_core.data.schema import cell_value
 from cdpo_core.errors import InputError
@@ -78,8 +78,11 @@ def test_one_null_answer_is_set_aside_in_every_file_type(suffix: str, values: Ro
     rows = answer_rows(helpfulness=lambda i: i % 5)
     rows[11] = {**rows[11], **values}
     report = check_source(
-        ExperimentConfig.model_validate(
-            {"data": {"source": str(as_type(tmp_path, suffix, rows))}, "constraints": [{"name": "c", "train": False}]}
+        limited(
+            {
+                "data": {"source": str(as_type(tmp_path, suffix, rows))},
+                "constraints": [{"name": "c", "limit": 0.0, "train": False}],
+            }
         )
     )
     assert (report.quarantined, report.pairs) == ({reason: 1}, 199)

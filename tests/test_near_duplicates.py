@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from config_kit import limited
 
-from cdpo_core.config import ExperimentConfig
 from cdpo_core.data.near_duplicates import near_duplicates, prompt_units, similarity, word_weights, words_of
 from cdpo_core.data.prepare import check_source, prepare_data
 from cdpo_core.pipeline import DATA
@@ -141,7 +141,7 @@ def write_rows(path: Path, prompts: list[str], **fields: list[Any]) -> Path:
 
 
 def prepared(path: Path, out: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    config = ExperimentConfig.model_validate({"data": {"source": str(path)}})
+    config = limited({"data": {"source": str(path)}})
     out.mkdir()
     prepare_data(pick(config, DATA.fields), {"source": path}, out, Runtime())
     return pd.read_parquet(out / "prompts.parquet"), json.loads((out / "summary.json").read_text())
@@ -182,16 +182,14 @@ def test_a_group_column_says_it_in_any_format_and_as_number_or_text(tmp_path: Pa
 
 def test_check_data_says_what_it_found_and_warns(tmp_path: Path) -> None:
     prompts = [spelled for question in QUESTIONS for spelled in (question, question.lower(), question + "!")]
-    config = ExperimentConfig.model_validate({"data": {"source": str(write_rows(tmp_path / "pairs.jsonl", prompts))}})
+    config = limited({"data": {"source": str(write_rows(tmp_path / "pairs.jsonl", prompts))}})
     report = check_source(config)
     assert (report.prompts, report.units, report.near_duplicates, report.largest_unit) == (600, 200, 600, 3)
     told = "\n".join(report.lines())
     assert "600 prompts in 200 units, the largest of 3" in told
     assert "'How do I choose bread?' and 'how do i choose bread?'" in told
     assert any("600 prompts are 200 questions" in note for note in report.notes)
-    plain = check_source(
-        ExperimentConfig.model_validate({"data": {"source": str(write_rows(tmp_path / "plain.jsonl", QUESTIONS))}})
-    )
+    plain = check_source(limited({"data": {"source": str(write_rows(tmp_path / "plain.jsonl", QUESTIONS))}}))
     assert (plain.units, plain.near_duplicates) == (200, 0)
     assert not any("several spellings" in note for note in plain.notes)
 
@@ -201,4 +199,4 @@ def test_splits_are_refused_by_their_units(tmp_path: Path) -> None:
 
     path = write_rows(tmp_path / "pairs.jsonl", QUESTIONS, group=[number % 10 for number in range(200)])
     with pytest.raises(InputError, match="too few prompts to split"):
-        check_source(ExperimentConfig.model_validate({"data": {"source": str(path)}}))
+        check_source(limited({"data": {"source": str(path)}}))

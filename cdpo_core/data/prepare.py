@@ -124,8 +124,10 @@ def prepare(source: Path, config: Slice | ExperimentConfig) -> Prepared:
 
 
 def _units(frame: pd.DataFrame, first: pd.DataFrame, threshold: float) -> np.ndarray:
-    grouped = frame[frame[GROUP] != ""].groupby("prompt_id")[GROUP].agg(lambda names: sorted(set(names)))
-    labels = prompt_units(first["prompt_id"].tolist(), first["prompt"].tolist(), grouped.to_dict(), threshold)
+    groups: dict[str, list[str]] = {}
+    for name, group in frame.loc[frame[GROUP] != "", ["prompt_id", GROUP]].drop_duplicates().itertuples(index=False):
+        groups.setdefault(name, []).append(group)
+    labels = prompt_units(first["prompt_id"].tolist(), first["prompt"].tolist(), groups, threshold)
     return np.array(labels, dtype=object)
 
 

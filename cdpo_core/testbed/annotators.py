@@ -101,7 +101,7 @@ def draw_prompts(seed: int, count: int, preferences: float, held_out: float) -> 
         free = np.array([parts for parts in by_kind[kind].tolist() if tuple(parts) not in taken])
         rest.append(free[random.permutation(len(free))[:number]])
     table = _prompt_table(world, np.concatenate([chosen, *rest]), labelled)
-    table.insert(table.columns.get_loc("split") + 1, "held_out", _hold_out(table, held_out, random))
+    table.insert(list(table.columns).index("split") + 1, "held_out", _hold_out(table, held_out, random))
     order = np.concatenate([random.permutation(labelled), labelled + random.permutation(count - labelled)])
     return table.iloc[order].reset_index(drop=True)
 
