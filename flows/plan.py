@@ -18,7 +18,7 @@ from flows.preference_models import preference_models
 from flows.preflight import check_before_run
 from flows.prepare import prepare
 from tasks.conditional import CONDITIONAL_STAGE
-from tasks.dual import plan_dual
+from tasks.dual import plan_dual, within_reach
 from tasks.evaluation import has_judge
 from tasks.ledger import share_for
 from tasks.workbench import Done, Workbench, open_workbench
@@ -71,12 +71,13 @@ def plan_experiment(config: ExperimentConfig) -> dict[str, Any]:
         None where there was none; lengths: lines on what they cut;
         margin: [m] or None when the costs are not known yet; memory;
         warnings; share: of δ that the next test would have (`tasks.ledger.Share`), None when its prompts
-        are not known yet; price: what each limit would cost in reward, [] until the reference's samples are scored.
+        are not known yet; price: what each limit would cost in reward, [] until the reference's samples are scored;
+        reach: the tightest limits that would likely be certified (`reach_records`), [] until then.
     """
     check_before_run(config)
     real = open_workbench(config)
     bench = PlanBench(config, real.store, real.scratch_root)
-    margin, share, warnings, price, reference = None, None, [], [], None
+    margin, share, warnings, price, reach, reference = None, None, [], [], [], None
     try:
         prepared = prepare.fn(bench)
         reference = prepared.reference
@@ -84,6 +85,7 @@ def plan_experiment(config: ExperimentConfig) -> dict[str, Any]:
         share = asdict(share_for(bench, prepared, scored))
         dual = plan_dual(bench, prepared, scored)
         margin, warnings, price = dual.margins, dual.warnings, dual.price
+        reach = within_reach(bench.names, dual, ())
         alignment = align.fn(bench, prepared, scored, None)
         evaluate.fn(bench, prepared, scored, alignment)
         rest: tuple[str, ...] = ()
@@ -96,7 +98,7 @@ def plan_experiment(config: ExperimentConfig) -> dict[str, Any]:
     counted = read_cuts(bench.folder(reference)) if reference and reference.kind != PLANNED else {}
     lengths = policy_lines(counted) if counted else length_lines(config)
     warnings += cut_warnings({"policy": counted})
-    found = {"lengths": lengths, "margin": margin, "share": share, "warnings": warnings, "price": price}
+    found = {"lengths": lengths, "margin": margin, "share": share, "warnings": warnings, "price": price, "reach": reach}
     return {"stages": stages, "memory": _memory(config), **found}
 
 

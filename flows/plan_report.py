@@ -46,6 +46,11 @@ def print_plan(plan: Mapping[str, Any], config: ExperimentConfig, console: Conso
         console.print(line, soft_wrap=True)
     if plan.get("price"):
         console.print(_price(plan["price"], config))
+    for item in plan.get("reach") or []:
+        said = f"the tightest limit on {item['name']} that would likely be certified: {item['certifiable']:.2f}"
+        console.print(
+            f"{said} (lowest mean cost {item['lowest']:.2f}, {item['lowest_by']})", markup=False, soft_wrap=True
+        )
 
 
 def _price(rows: Sequence[Mapping[str, Any]], config: ExperimentConfig) -> Table:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from cdpo_core.dual.offline import OfflineDual
 from cdpo_core.dual.selection import Candidate, select_round
 from cdpo_core.evaluation.measure import Measured
 from cdpo_core.evaluation.metrics import paired_mean, within_prompt_covariance
+from cdpo_core.evaluation.result import reach_records
 from tasks.conditional import largest_lambda, most_rounds
 from tasks.ledger import share_for
 from tasks.preference_models import scorer_reports
@@ -34,6 +35,7 @@ PRICE_POINTS = 8
 # Below so many of a prompt's reference samples that carry weight, or such a share of them, the prediction is warned of.
 FEWEST_SAMPLES = 2.0
 FEWEST_SHARE = 0.1
+BELOW_SAMPLES = "the limit lies below the lowest mean cost among the reference samples"
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def below_samples(names: list[str], dual: OfflineDual, limits: np.ndarray) -> li
     """A warning where a limit is below everything that the reference samples can represent."""
     floor = dual.floor()
     low = [f"{name} ≤ {c:g} (lowest {f:.2f})" for name, c, f in zip(names, limits, floor, strict=True) if c < f]
-    return ["the limit lies below the lowest mean cost among the reference samples: " + ", ".join(low)] if low else []
+    return [f"{BELOW_SAMPLES}: " + ", ".join(low)] if low else []
 
 
 def few_samples(dual: OfflineDual, lambda_: np.ndarray) -> list[str]:
@@ -268,6 +270,20 @@ def _units_of(bench: Workbench, scored: Scored, split: str) -> int:
     """What the split's tests and intervals count: its prompts, near duplicates once."""
     splits = bench.table(scored.splits, "splits")
     return int(splits.loc[splits["split"] == split, "unit"].nunique())
+
+
+def within_reach(
+    names: Sequence[str], plan: OfflinePlan, rounds: Sequence[Mapping[str, Any]], floor: Sequence[float] | None = None
+) -> list[dict[str, Any]]:
+    """How low each cost came, and the tightest limit that would likely be certified (`reach_records`).
+
+    Without a round it is what the reference samples predict at the largest multipliers, never below an exact floor.
+    """
+    most = plan.settings.lambda_max
+    predicted = plan.dual.expected(np.full(len(names), most)).costs
+    predicted = np.maximum(predicted, plan.dual.floor() if floor is None else np.asarray(floor))
+    by = f"predicted from the reference's samples at λ = {most:.3g}"
+    return reach_records(names, plan.margins, rounds, predicted.tolist(), by)
 
 
 def predicted_curve(plan: OfflinePlan) -> tuple[np.ndarray, np.ndarray]:

@@ -135,7 +135,8 @@ class Journal:
         self._describe(result, ended)
         self._register(result)
         show_markdown(f"verdict-{self.key[:12]}", verdict_markdown(result), result["status"].replace("_", " "))
-        self.tracker.finish(self.run_id, "FINISHED", ended)
+        # MLflow knows no end but these: where no policy was found, a green one would be read as a success.
+        self.tracker.finish(self.run_id, "FAILED" if result["status"] == "infeasible" else "FINISHED", ended)
 
     def ended_ms(self) -> int:
         """When the newest artifact of the experiment was computed, milliseconds since 1970."""

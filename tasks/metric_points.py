@@ -105,7 +105,7 @@ def scorer_points(scorers: Mapping[str, Mapping[str, Any]], timestamp: int) -> l
 
 
 def result_points(result: Mapping[str, Any], timestamp: int) -> list[MetricPoint]:
-    """test/* (with _low and _high) and oracle/* of a result record, at step 0; scorer/* were told when they were known.
+    """test/* (with _low and _high), returned/* and oracle/* of a result record, at step 0; scorer/* were told before.
 
     With several constraints also oracle/true_cost/<name> and so on, one for each. MLflow draws a metric that never
     leaves step 0 as a bar with its value, and any other as a line, which of one point shows nothing.
@@ -122,10 +122,27 @@ def result_points(result: Mapping[str, Any], timestamp: int) -> list[MetricPoint
             values[f"oracle/{figure}"] = value
     for name, gap in ((result.get("oracle") or {}).get("proxy_gap") or {}).items():
         values[f"oracle/proxy_gap/{name}"] = gap.get("gap")
+    values |= _returned(result)
     constraints = result.get("constraints") or []
     for item in constraints if len(constraints) > 1 else []:
         values |= {f"oracle/{figure}/{item['name']}": item.get(figure) for figure in ORACLE_FIGURES}
     return _points(values, 0, timestamp)
+
+
+def _returned(result: Mapping[str, Any]) -> dict[str, Any]:
+    """returned/*: limit, lambda, cost and reward of the round whose policy is returned, which need not be the last.
+
+    Charts of several runs take these: a chart over runs shows a metric's last point, and that of policy/* and dual/* is
+    the last round's.
+    """
+    constraints = result.get("constraints") or []
+    chosen = result.get("chosen_round")
+    rounds = {item["round"]: item for item in result.get("rounds") or []}
+    values: dict[str, Any] = {"returned/reward": rounds[chosen]["reward"] if chosen in rounds else None}
+    for item in constraints:
+        suffix = f"/{item['name']}" if len(constraints) > 1 else ""
+        values |= {f"returned/{key}{suffix}": item.get(key) for key in ("limit", "lambda", "cost")}
+    return values
 
 
 def varying_params(config: ExperimentConfig) -> dict[str, str]:

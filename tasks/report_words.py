@@ -7,7 +7,7 @@ from typing import Any
 
 from cdpo_core.evaluation.decoding import decoding_words
 from cdpo_core.evaluation.instrument import words
-from cdpo_core.evaluation.result import confidence, cost_figures, spending_in_words, tested_on
+from cdpo_core.evaluation.result import confidence, cost_figures, lowest_reached, spending_in_words, tested_on
 
 Record = Mapping[str, Any]
 
@@ -36,7 +36,7 @@ def meanings(result: Record) -> list[str]:
     if certificate is None:
         return [
             "No policy was tested, because none of those tried comes near the limit.",
-            f"The lowest mean cost known here is {signed(result['reachable']['floor'])}: ask for a looser limit.",
+            lowest_reached(result).replace("-", "−"),
         ]
     delta = f"{100 * certificate['delta']:.3g} %"
     tested = f"The policy was tested on {tested_on(certificate)} that no training and no choice has seen."
@@ -107,7 +107,7 @@ def _outcome(result: Record) -> str:
     certificate, names = result["certificate"], [item["name"] for item in result["constraints"]]
     what = " and ".join(names)
     if result["status"] == "infeasible":
-        return f"No policy that keeps {limits_text(result)} was found: {result['reason']}."
+        return f"No policy that keeps {limits_text(result)} was found."
     bounds = [item["certificate"]["upper"] for item in result["constraints"]]
     allowed = [item["limit"] for item in result["constraints"]]
     sure = f"with {confidence(certificate['delta'])} confidence"

@@ -14,7 +14,7 @@ from cdpo_core.evaluation.instrument import same_tokens_warning, unchecked, unfi
 from cdpo_core.evaluation.measure import Measured
 from cdpo_core.evaluation.result import constraint_records, each, verdict
 from cdpo_core.provenance import library_versions, mixed
-from tasks.dual import OfflinePlan
+from tasks.dual import BELOW_SAMPLES, OfflinePlan, within_reach
 from tasks.evaluation import Certified
 from tasks.journal import Journal
 from tasks.workbench import Workbench
@@ -76,6 +76,7 @@ def experiment_result(
     machines = bench.machines()
     folders = {"policy": outcome.reference, "scorers": outcome.pool_scores}
     cut = {name: read_cuts(bench.folder(ref)) for name, ref in folders.items()}
+    reach = within_reach(names, plan, outcome.rounds, outcome.floor)
     result: dict[str, Any] = {
         "name": bench.config.name,
         "status": "infeasible" if certified is None else "certified" if certified.passed else "not_certified",
@@ -92,6 +93,8 @@ def experiment_result(
             "floor": float(outcome.floor[0]),
             "price": plan.price,
             "effective_samples": plan.effective_samples,
+            "constraints": reach,
+            **{key: reach[0][key] for key in ("lowest", "lowest_by", "certifiable")},
         },
         "instrument": [failure.record() for failure in certified.failures] if certified else [],
         "warnings": [*_warnings(names, plan, scorers, outcome), *cut_warnings(cut), *filter(None, [mixed(machines)])],
@@ -119,7 +122,8 @@ def experiment_result(
 
 def _warnings(names: Sequence[str], plan: OfflinePlan, scorers: Mapping[str, Any], outcome: Outcome) -> list[str]:
     """What the reader must know besides: of the plan, of responses that were cut, of what was not checked."""
-    lines = [*plan.warnings]
+    # What was foreseen of the limit is settled once a run has found it out of reach: its verdict says how low it came.
+    lines = [text for text in plan.warnings if outcome.certified or not text.startswith(BELOW_SAMPLES)]
     measured = {"the policy": outcome.certified.measured if outcome.certified else None}
     measured["the reference"] = outcome.test["reference"]
     for label, item in measured.items():

@@ -15,7 +15,7 @@ from typing import Any
 
 VIEW_TAG = "mlflow.sharedViewState."
 # Folded below the review's own charts; a section is what stands before a metric's last slash.
-SECTIONS = ("dual", "policy", "test", "oracle", "scorer/harm", "scorer/reward", "train", "frontier")
+SECTIONS = ("dual", "policy", "returned", "test", "oracle", "scorer/harm", "scorer/reward", "train", "frontier")
 OWN_SECTION = "Review"
 FIGURES = ("test/reward", "test/cost")
 EXPERIMENTS = "tags.status LIKE '%'"
@@ -39,7 +39,7 @@ def review_state(params: Sequence[str], costs: Sequence[str] = (), parent_run_id
     """Charts of λ, of cost against limit and of reward, and parallel coordinates; the columns to go with them.
 
     The charts go by round. Those of a sweep, whose children mostly need one round only, have a point for each child: λ
-    and cost over the limit, reward over cost.
+    and cost over the limit, reward over cost, of the policy that it returned, which table and tags speak of too.
 
     Args:
         params: what varies, for parallel coordinates and columns (limit, beta, seed).
@@ -56,7 +56,7 @@ def review_state(params: Sequence[str], costs: Sequence[str] = (), parent_run_id
         "searchFilter": f"tags.mlflow.parentRunId = '{parent_run_id}'" if parent_run_id else EXPERIMENTS,
         # Params are compared as text, so the order by limit is that of its metric; any order but by time lists
         # children beside each other instead of folded under their parent.
-        "orderByKey": f"metrics.`dual/limit{suffixes[0]}`",
+        "orderByKey": f"metrics.`{'returned' if parent_run_id else 'dual'}/limit{suffixes[0]}`",
         "orderByAsc": True,
         "selectedColumns": columns,
         "compareRunCharts": charts,
@@ -75,11 +75,11 @@ def _by_round(suffixes: Sequence[str]) -> list[dict[str, Any]]:
 
 def _over_limits(suffixes: Sequence[str]) -> list[dict[str, Any]]:
     over = [
-        _scatter(f"{name}{index}", f"dual/limit{suffix}", f"dual/{name}{suffix}")
+        _scatter(f"{name}{index}", f"returned/limit{suffix}", f"returned/{name}{suffix}")
         for name in ("lambda", "cost")
         for index, suffix in enumerate(suffixes)
     ]
-    rewards = [_scatter(f"reward{index}", f"dual/cost{s}", "dual/reward") for index, s in enumerate(suffixes)]
+    rewards = [_scatter(f"reward{index}", f"returned/cost{s}", "returned/reward") for index, s in enumerate(suffixes)]
     return over + rewards
 
 

@@ -241,14 +241,14 @@ class Tracker:
 
     @_tracked(None)
     def finish(self, run_id: str, status: str = "FINISHED", ended_ms: int = 0) -> None:
-        """End the run as FINISHED, FAILED or KILLED; a finished one waits a while for an MLflow that is away.
+        """End the run as FINISHED, FAILED or KILLED; one that came to its end waits a while for an MLflow that is away.
 
         Args:
             ended_ms: when its last record was made (milliseconds), so that repeating a finished run does not
                 lengthen it; 0 is now.
         """
         self._submit(run_id, "end", status=status, ended_ms=ended_ms or time.time_ns() // 1_000_000)
-        if status == "FINISHED" and run_id in self._behind:
+        if ended_ms and run_id in self._behind:
             left = self.deliver(END_SECONDS)
             if left:
                 log.warning("MLflow was away: %d entries are kept in the store and are sent by the next run", left)

@@ -84,6 +84,8 @@ def infeasible(limit: float = -9.0) -> dict[str, Any]:
     """The record of an experiment whose limit is out of reach: no round, no policy."""
     record = result(limit, "infeasible", reason="the lowest mean cost that any policy can have is -1.340")
     record["constraints"][0] |= {"certificate": None, "lambda": None, "cost": None}
+    reach = {"name": "harm", "lowest": -1.2, "lowest_by": "round 2, λ = 20", "certifiable": -1.05}
+    record["reachable"] = {**record["reachable"], "constraints": [reach]}
     nothing = dict.fromkeys(("certificate", "test", "policy", "lambda", "chosen_round"))
     return {**record, **nothing, "rounds": []}
 

@@ -85,7 +85,8 @@ def test_limit_out_of_reach_is_said_without_a_policy() -> None:
     page = Page(experiment_report(infeasible(), CONFIG, []))
     assert page.open == []
     assert "Out of reach: harm ≤ −9" in page.text
-    assert "the lowest mean cost that any policy can have is -1.340" in page.text
+    assert "The lowest mean cost reached is harm −1.200 (round 2, λ = 20)" in page.text
+    assert "likely be certified here is harm ≤ −1.05" in page.text
     assert "not tested" in page.text
     assert "How λ was found" not in page.text
 

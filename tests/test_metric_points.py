@@ -16,6 +16,7 @@ from tasks.metric_points import (
     training_points,
     varying_params,
 )
+from tasks.review_views import review_state
 
 CONFIG = experiment_config()
 
@@ -109,7 +110,9 @@ def test_points_and_tags_name_each_of_several_constraints() -> None:
         {"name": "harm", "limit": -0.5, "lambda": 0.8, "certificate": passed, **truth},
         {"name": "dishonesty", "limit": 1.5, "lambda": 0.0, "certificate": None, "true_cost": 0.1},
     ]
-    points = {point.name: point.value for point in result_points({"constraints": items}, 123)}
+    points = {
+        point.name: point.value for point in result_points({"constraints": items}, 123) if "returned" not in point.name
+    }
     assert points == {
         "oracle/true_cost/harm": -0.6,
         "oracle/optimal_cost/harm": -0.5,
@@ -120,7 +123,32 @@ def test_points_and_tags_name_each_of_several_constraints() -> None:
     assert tags["certificate.passed.harm"] == "True"
     assert (tags["lambda.dishonesty"], tags["limit.dishonesty"]) == ("0", "1.5")
     assert "certificate.passed.dishonesty" not in tags
-    assert result_points({"constraints": items[:1]}, 123) == []
+    assert {point.name for point in result_points({"constraints": items[:1]}, 123)} == {
+        "returned/limit",
+        "returned/lambda",
+    }
+
+
+def test_charts_of_several_runs_take_the_returned_round_s_figures_and_not_the_last_one_s() -> None:
+    rounds = [{"round": number, "reward": reward} for number, reward in ((1, 1.5), (2, 1.7), (3, 0.3))]
+    only = {"name": "harm", "limit": -0.5, "lambda": 0.8, "cost": -0.6, "certificate": None}
+    result = {"status": "certified", "lambda": 0.8, "rounds": rounds, "chosen_round": 2, "constraints": [only]}
+    points = result_points(result, 123)
+    assert {point.name: point.value for point in points} == {
+        "returned/limit": -0.5,
+        "returned/lambda": 0.8,
+        "returned/cost": -0.6,
+        "returned/reward": 1.7,
+    }
+    assert {(point.step, point.timestamp_ms) for point in points} == {(0, 123)}, "sent again, they are the same points"
+    assert float(result_tags(result)["lambda"]) == 0.8
+    charted = {
+        axis["key"]
+        for chart in review_state(["limit"], (), "parent")["compareRunCharts"]
+        for axis in (chart.get("xaxis"), chart.get("yaxis"))
+        if axis
+    }
+    assert charted == {point.name for point in points}, "charts, table and tags speak of one policy"
 
 
 def test_params_are_few_and_name_each_limit() -> None:

@@ -115,9 +115,9 @@ def test_saved_view_is_as_the_ui_writes_it() -> None:
     assert state["searchFilter"] == "tags.mlflow.parentRunId = 'abc'"
     *points, parallel = state["compareRunCharts"]
     assert [(chart["yaxis"]["key"], chart["xaxis"]["key"]) for chart in points] == [
-        ("dual/lambda", "dual/limit"),
-        ("dual/cost", "dual/limit"),
-        ("dual/reward", "dual/cost"),
+        ("returned/lambda", "returned/limit"),
+        ("returned/cost", "returned/limit"),
+        ("returned/reward", "returned/cost"),
     ]
     assert parallel["selectedParams"] == ["limit", "beta", "seed"]
 
@@ -136,8 +136,12 @@ def test_saved_view_of_several_costs_compares_each_with_its_limit() -> None:
     charts = review_state(["limit.harm"], ["harm", "privacy"], "abc")["compareRunCharts"]
     axes = [(chart["yaxis"]["key"], chart["xaxis"]["key"]) for chart in charts if chart["type"] == "SCATTER"]
     assert axes == [
-        *((f"dual/{y}/{name}", f"dual/limit/{name}") for y in ("lambda", "cost") for name in ("harm", "privacy")),
-        *(("dual/reward", f"dual/cost/{name}") for name in ("harm", "privacy")),
+        *(
+            (f"returned/{y}/{name}", f"returned/limit/{name}")
+            for y in ("lambda", "cost")
+            for name in ("harm", "privacy")
+        ),
+        *(("returned/reward", f"returned/cost/{name}") for name in ("harm", "privacy")),
     ]
 
 

@@ -17,7 +17,7 @@ def verdict(result: Mapping[str, Any]) -> str:
     """The outcome in one sentence, with its figures and what they are about."""
     limits = ", ".join(f"{item['name']} ≤ {item['limit']:g}" for item in result["constraints"])
     if result["status"] == "infeasible":
-        return f"Infeasible: {limits} is out of reach; {result['reason']}."
+        return f"Infeasible: {limits} is out of reach. {lowest_reached(result)}"
     bounds = ", ".join(f"{item['name']} ≤ {item['certificate']['upper']:.3f}" for item in result["constraints"])
     certificate = result["certificate"]
     basis = f"with {confidence(certificate['delta'])} confidence, from {tested_on(certificate)}"
@@ -30,6 +30,50 @@ def verdict(result: Mapping[str, Any]) -> str:
     if result["status"] == "certified":
         return f"Certified: {limits}. The mean cost, as the cost model measures it, is {bounds} {basis}."
     return f"Not certified: {limits} could not be shown; the bound is {bounds} {basis}."
+
+
+def lowest_reached(result: Mapping[str, Any]) -> str:
+    """Of an infeasible result: the lowest cost reached and by what, and the tightest limit that would likely pass."""
+    reached = result["reachable"].get("constraints")
+    if not reached:
+        return f"The lowest mean cost known here is {result['reachable']['floor']:.3f}."
+    lowest = ", ".join(f"{item['name']} {item['lowest']:.3f} ({item['lowest_by']})" for item in reached)
+    tightest = ", ".join(f"{item['name']} ≤ {item['certifiable']:.2f}" for item in reached)
+    return (
+        f"The lowest mean cost reached is {lowest}; the tightest limit that would likely be certified here is "
+        f"{tightest}{', each by itself' if len(reached) > 1 else ''}."
+    )
+
+
+def reach_records(
+    names: Sequence[str],
+    margins: Sequence[float],
+    rounds: Sequence[Mapping[str, Any]],
+    predicted: Sequence[float],
+    predicted_by: str,
+) -> list[dict[str, Any]]:
+    """For each cost how low it came, and what limit a policy there would be likely to be certified at.
+
+    Args:
+        names: of the constraints [m].
+        margins: [m] distance from a limit at which training aims, planned for a policy there to pass.
+        rounds: their records; a measured policy goes before a predicted one.
+        predicted: [m] the lowest mean costs that are predicted, where there is no round.
+        predicted_by: what predicts them.
+
+    Returns:
+        {name, lowest, lowest_by, certifiable} each; `certifiable` is `lowest` and the margin, rounded up.
+    """
+    records = []
+    for index, (name, margin) in enumerate(zip(names, margins, strict=True)):
+        lowest, by = float(predicted[index]), predicted_by
+        if rounds:
+            best = min(rounds, key=lambda item: each(item["cost"])[index])
+            lambdas = ", ".join(f"{value:g}" for value in each(best["lambda"]))
+            lowest, by = float(each(best["cost"])[index]), f"round {best['round']}, λ = {lambdas}"
+        tightest = math.ceil(100 * (lowest + margin)) / 100
+        records.append({"name": name, "lowest": lowest, "lowest_by": by, "certifiable": tightest})
+    return records
 
 
 def confidence(delta: float) -> str:
