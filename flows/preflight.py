@@ -43,6 +43,7 @@ def check_before_run(config: ExperimentConfig, *, serve: bool = False) -> None:
     Raises:
         InputError: the first thing that is wrong, where it is and what to do.
     """
+    from cdpo_core.data.lengths import check_policy_text
     from cdpo_core.data.prepare import check_source
 
     identity = config.model_dump_json()
@@ -52,6 +53,7 @@ def check_before_run(config: ExperimentConfig, *, serve: bool = False) -> None:
     _check_words(config)
     for field, base, revision, heads, trusted in _models(config):
         _check_model(field, base, revision, heads, trusted)
+    check_policy_text(config)
     check_source(config)
     if serve:
         start_prefect_server(cdpo_home() / "logs")

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 from test_models_beaver import write_checkpoint
-from text_kit import SHAPES, model_of, tokenizer_of
+from text_kit import SHAPES, TEXTUAL, model_of, tokenizer_of
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from cdpo_core.config import ExperimentConfig
-from cdpo_core.data.lengths import length_lines
+from cdpo_core.data.lengths import check_policy_text, length_lines
+from cdpo_core.errors import InputError
 from cdpo_core.evaluation.cuts import cut_lines, cut_warnings
 from cdpo_core.models.beaver import load_beaver
 from cdpo_core.models.ready_scorer import load_ready_scorer
@@ -70,6 +71,20 @@ def test_the_lengths_are_counted_before_a_run(base: str, tmp_path: Path) -> None
     assert responses.startswith("0 of 120 responses")
     assert warning.startswith("warning: 30 of 60")
     assert warning.endswith("(50%)")
+
+
+@pytest.mark.parametrize(("template", "limit", "error"), [(TEXTUAL, 64, "with text"), ("", 9, "leaves no room")])
+def test_a_template_that_cannot_serve_is_refused_before_a_run(
+    template: str, limit: int, error: str, tmp_path: Path
+) -> None:
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.chat_template = template or tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path)
+    policy = {"base": str(tmp_path), "template": "chat", "max_prompt_tokens": limit}
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    config = ExperimentConfig.model_validate({"policy": policy, "constraints": [{"name": "harm", "limit": 0.0}]})
+    with pytest.raises(InputError, match=error):
+        check_policy_text(config)
 
 
 @pytest.mark.parametrize("form", ["beaver", "chat", "pair"])

@@ -49,6 +49,26 @@ def length_lines(config: ExperimentConfig) -> list[str]:
     return [*policy_lines(counts, about), *(f"warning: {line}" for line in cut_warnings({"policy": counts}))]
 
 
+def check_policy_text(config: ExperimentConfig) -> None:
+    """Check that a base that is here can write the prompts and end its responses, before a run.
+
+    Raises:
+        InputError: as `check_text`, or max_prompt_tokens leaves no room beside the template.
+    """
+    policy = config.policy
+    if policy.base == "scratch" or not is_local(policy.base):
+        return
+    try:
+        tokenizer = _present(config)
+    except (OSError, ValueError):
+        return  # what cannot be loaded is said where the whole model is
+    if tokenizer is not None:
+        freeze_date(tokenizer, policy.template_date)
+        check_text(tokenizer, policy.template)
+        writer = Policy(None, tokenizer, policy.template, policy.max_prompt_tokens, policy.max_response_tokens)
+        writer.encode_prompts(["a prompt longer than any template leaves room for " * policy.max_prompt_tokens])
+
+
 def _estimated(prompts: list[str], responses: list[str], size: int) -> PreTrainedTokenizerBase:
     texts = [text for some in (prompts, responses) for text in some[:: len(some) // SAMPLE + 1]]
     return train_tokenizer(texts, size)
