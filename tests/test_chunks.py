@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from config_kit import limited
 from learning_kit import CONFIG, Killed, digest, killed_at, scorer_slice, sft_slice, write_data
 
 from cdpo_core.chunks import Arrays, Chunks
@@ -110,7 +111,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     train_sft(sft_slice(), {"data": found["data"]}, found["reference"], Runtime())
     train_scorers(scorer_slice(), {"data": found["data"], "sft": found["reference"]}, found["scorers_0"], Runtime())
     sample_responses(SAMPLED, {"policy": found["reference"], "data": found["data"]}, found["responses"], Runtime())
-    world = CONFIG.model_validate({"testbed": {"prompts": 50, "demonstrations": 100, "pairs_per_prompt": 1}})
+    world = limited({"testbed": {"prompts": 50, "demonstrations": 100, "pairs_per_prompt": 1}})
     make_world(pick(world, TESTBED_DATA.fields), {}, found["testbed"], Runtime())
     prompts = pd.read_parquet(found["testbed"] / "prompts.parquet")
     pool = prompts.loc[prompts["split"] == "pool", "prompt_id"]
