@@ -14,6 +14,8 @@ _ACTING = "\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u20
 _SHOWN = re.compile(f"[{_ACTING}]")
 _SHOWN_IN_A_LINE = re.compile(f"[\n\t{_ACTING}]")
 _IN_JSON = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_IN_MARKDOWN = re.compile(r"[\\`*\[\]<>|~$#&!@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+_ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "|": "&#124;", "@": "&#64;", "`": "&#96;", "$": "&#36;"}
 
 
 def visible(text: str) -> str:
@@ -29,6 +31,13 @@ def one_line(text: str) -> str:
 def indented(text: str, by: str = "    ") -> str:
     """The text with every line but the first indented, so that none can pass for another's first."""
     return visible(text).replace("\n", f"\n{by}")
+
+
+def markdown_text(text: str) -> str:
+    """The text as Markdown that shows it: one line, in which nothing is a link, a picture, HTML, emphasis or a cell."""
+    escaped = _IN_MARKDOWN.sub(lambda match: _ENTITIES.get(match[0]) or f"\\{match[0]}", one_line(text))
+    # Addresses are made links without any mark around them.
+    return escaped.replace("://", "&#58;//").replace("www.", "www&#46;")
 
 
 def escaped_json(text: str) -> str:

@@ -14,6 +14,7 @@ from cdpo_core.errors import InputError
 from cdpo_core.evaluation.decoding import DECODING, GENERATION, decoding_of, decoding_words, generation_settings
 from cdpo_core.evaluation.result import mean_figures, spending_in_words, tail_figures, tested_on, verdict
 from cdpo_core.models.checkpoints import write_json
+from cdpo_core.plain_text import markdown_text
 
 RECORDS = "results/"
 HOW_TO_NAME = "give the policy's reference as `cdpo run` prints it, <store>/stages/<stage>/<key>.json"
@@ -140,7 +141,9 @@ def model_card(manifest: Manifest, result: Mapping[str, Any] | None) -> str:
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [dpo, constrained-dpo, alignment]\n---",
         "# A policy aligned by Constrained DPO",
-        verdict(result) if result else "No finished run returned this policy: **it carries no certificate**.",
+        markdown_text(verdict(result))
+        if result
+        else "No finished run returned this policy: **it carries no certificate**.",
     ]
     if result:
         parts += [
@@ -186,10 +189,12 @@ def _certificates(result: Mapping[str, Any]) -> str:
     if spending:
         note += f" {spending}"
     if decoding := decoding_from(result):
-        note += f" It is about responses drawn at {decoding_words(decoding)}, as generation_config.json says;"
+        note += f" It is about responses drawn at {markdown_text(decoding_words(decoding))}, as generation_config.json says;"
         note += " another temperature, length or template is another policy."
     if failed := result.get("instrument"):
-        note += " **An instrument does not measure**: " + "; ".join(item["what"] for item in failed) + "."
+        note += (
+            " **An instrument does not measure**: " + "; ".join(markdown_text(item["what"]) for item in failed) + "."
+        )
     return "\n".join(lines) + f"\n\n{note}"
 
 

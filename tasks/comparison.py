@@ -12,6 +12,7 @@ from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.evaluation.comparison_figure import comparison_figure
 from cdpo_core.evaluation.measure import Measured
+from cdpo_core.plain_text import markdown_text
 from tasks.environment import cdpo_home
 from tasks.journal import tell_failure
 from tasks.metric_points import MetricPoint
@@ -150,4 +151,4 @@ def comparison_rows(table: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def comparison_markdown(table: Sequence[Mapping[str, Any]]) -> str:
     """The table in Markdown."""
-    return markdown_table(list(HEADS), comparison_rows(table))
+    return markdown_table(list(HEADS), [[markdown_text(cell) for cell in row] for row in comparison_rows(table)])

@@ -14,6 +14,7 @@ from cdpo_core.evaluation import sweep_figures
 from cdpo_core.evaluation.instrument import failed_units
 from cdpo_core.evaluation.result import cost_figures
 from cdpo_core.evaluation.sweep_result import choice_words, exact_frontier, line_name
+from cdpo_core.plain_text import markdown_text
 from tasks.environment import cdpo_home
 from tasks.evaluation import certificates_of, foreseen_then
 from tasks.journal import tell_failure
@@ -201,7 +202,7 @@ def _points(result: Mapping[str, Any]) -> list[MetricPoint]:
 def _markdown(result: Mapping[str, Any]) -> str:
     rows = [
         [
-            ", ".join(filter(None, [f"{point['limit']:g}", line_name(point["settings"])])),
+            ", ".join(filter(None, [f"{point['limit']:g}", markdown_text(line_name(point["settings"]))])),
             point["status"].replace("_", " "),
             "" if point["lambda"] is None else f"{point['lambda']:g}",
             interval_cell(point["reward"]),
@@ -210,8 +211,11 @@ def _markdown(result: Mapping[str, Any]) -> str:
         ]
         for point in result["frontier"]
     ]
-    rows += [[item["name"], "failed", "", "", "", ""] for item in result["failed"]]
+    rows += [[markdown_text(item["name"]), "failed", "", "", "", ""] for item in result["failed"]]
     table = markdown_table(["limit", "status", "λ", "reward", "cost", "bound"], rows)
-    parts = [f"## {choice_words(result)}", table]
-    parts += [f"- **{item['name']}** failed: {item['error'].splitlines()[0]}" for item in result["failed"]]
+    parts = [f"## {markdown_text(choice_words(result))}", table]
+    parts += [
+        f"- **{markdown_text(item['name'])}** failed: {markdown_text((item['error'].splitlines() or [''])[0])}"
+        for item in result["failed"]
+    ]
     return "\n\n".join(parts)

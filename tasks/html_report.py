@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from cdpo_core.evaluation.cuts import cut_lines
 from cdpo_core.evaluation.decoding import decoding_words
 from cdpo_core.evaluation.result import each, mean_figures, spending_in_words, tail_figures, tested_on
+from cdpo_core.plain_text import visible
 from tasks.report_words import explained, headline, interval, limits_of_meaning, meanings, percent, signed
 
 if TYPE_CHECKING:
@@ -79,9 +80,19 @@ def page(name: str) -> Any:
     """A template of tasks/templates; all that goes into it is escaped."""
     loader = PackageLoader("tasks", "templates")
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        finalize=_shown,
     )
     return environment.get_template(name)
+
+
+def _shown(value: Any) -> Any:
+    """Control characters of plain text are shown as escapes; what a macro made is HTML already."""
+    return visible(value) if type(value) is str else value
 
 
 def inlined(files: Sequence[Path], titles: Mapping[str, str] = FIGURES) -> list[dict[str, str]]:

@@ -17,6 +17,7 @@ from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.config import ExperimentConfig
 from cdpo_core.errors import CdpoError
 from cdpo_core.evaluation.result import mean_figures, tail_figures, verdict
+from cdpo_core.plain_text import markdown_text
 from tasks.environment import cdpo_home
 from tasks.metric_points import (
     constraint_tags,
@@ -191,7 +192,7 @@ def tell_failure(tracker: Tracker, run_id: str) -> None:
 def verdict_markdown(result: Mapping[str, Any]) -> str:
     """The verdict, the methods' figures, the rounds with the charts of λ and cost, for the Prefect UI."""
     means, tails = _by_method(result, mean_figures(result)), _by_method(result, tail_figures(result))
-    parts = [f"## {verdict(result)}", means]
+    parts = [f"## {markdown_text(verdict(result))}", means]
     if result["rounds"]:
         names, limits = ([item[key] for item in result["constraints"]] for key in ("name", "limit"))
         parts.append(rounds_markdown(result["rounds"], names, limits))

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from cdpo_core.artifacts import ArtifactRef
 from cdpo_core.evaluation.result import mean_figures, verdict
+from cdpo_core.plain_text import markdown_text
 from tasks.prefect_records import interval_cell, markdown_table
 from tasks.records import Prepared, Scored
 from tasks.report_words import explained, headline
@@ -35,7 +36,8 @@ def run_note(result: Mapping[str, Any], pages: Mapping[str, str], figure: str) -
     heads = mean_figures(result)
     rows = {**result["baselines"], **({"**this policy**": result["test"]} if result["test"] else {})}
     cells = [[name, *(interval_cell(row.get(key)) for key in heads.values())] for name, row in rows.items()]
-    parts = [opening(headline(result), pages), *explained(result), markdown_table(["method", *heads], cells)]
+    said = [opening(markdown_text(headline(result)), pages), *map(markdown_text, explained(result))]
+    parts = [*said, markdown_table(["method", *heads], cells)]
     return "\n\n".join([*parts, *figure_lines("λ and cost against the limit", figure)])
 
 
@@ -43,7 +45,7 @@ def version_note(result: Mapping[str, Any], page: str) -> str:
     """The description of a registered policy: what is certified of it, and the commands for it (markdown)."""
     stage, key = result["policy"]["uri"].removesuffix(".json").split("/")[-2:]
     # The list of versions shows the first words as plain text.
-    parts = [verdict(result), *explained(result)[1:]]
+    parts = [markdown_text(text) for text in (verdict(result), *explained(result)[1:])]
     parts += [f"The weights are in the artifact store: `cdpo export {stage}/{key[:12]} DIR` writes them as a folder."]
     return "\n\n".join([*parts, f"[The run]({page})"])
 

@@ -10,6 +10,7 @@ from cdpo_core.artifacts import ArtifactRef, Store
 from cdpo_core.errors import CorruptArtifact
 from cdpo_core.evaluation.result import spending_in_words
 from cdpo_core.evaluation.sweep_result import line_name
+from cdpo_core.plain_text import markdown_text
 from cdpo_core.stages import resolve
 from tasks.html_report import inlined, page, provenance, table
 from tasks.prefect_records import flow_run_url, interval_cell, link_to_report, markdown_table
@@ -131,7 +132,7 @@ def sweep_note(result: Record, pages: Mapping[str, str], reports: Sequence[str],
     chosen = chosen_child(result)
     cells = [
         [
-            _bold(f"[{_limit_cell(point)}]({report})", child is chosen),
+            _bold(f"[{markdown_text(_limit_cell(point))}]({report})", child is chosen),
             STATES[point["status"]],
             signed(point["lambda"], ".3g"),
             interval_cell(point["reward"]),
@@ -140,7 +141,8 @@ def sweep_note(result: Record, pages: Mapping[str, str], reports: Sequence[str],
         for point, child, report in zip(result["frontier"], result["children"], reports, strict=True)
     ]
     heads = ["limit", "verdict", "λ", "reward", "cost"]
-    parts = [opening(_headline(result), pages), choice_in_words(result), markdown_table(heads, cells)]
+    said = markdown_text(choice_in_words(result))
+    parts = [opening(markdown_text(_headline(result)), pages), said, markdown_table(heads, cells)]
     return "\n\n".join([*parts, *figure_lines("reward over cost", figure)])
 
 

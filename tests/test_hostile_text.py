@@ -230,3 +230,58 @@ def test_all_printing_goes_through_the_one_console() -> None:
             for line in text.splitlines():
                 # What is printed otherwise has passed `visible`, or is a constant.
                 assert not re.match(r"\s*print\((?!visible\(|\"[^\"{]*\")", line), f"{path}: {line.strip()}"
+
+
+MARKDOWN = (
+    "a|b `c` **d** [e](https://evil.example) ![f](//evil.example/x.png) <img src=x onerror=g> $h$ #i\n\n# j\n| k |"
+)
+
+
+def rendered(markdown: str) -> str:
+    from markdown_it import MarkdownIt
+
+    return str(MarkdownIt("gfm-like", {"linkify": False}).render(markdown))
+
+
+def test_markdown_shows_text_as_text() -> None:
+    from cdpo_core.plain_text import markdown_text
+
+    html = rendered(f"before {markdown_text(MARKDOWN)} after")
+    assert not re.search(r"<(a|img|code|strong|em|h\d|table)\b", html), html
+    cells = rendered(f"| x | y |\n|---|---|\n| {markdown_text(MARKDOWN)} | z |")
+    assert cells.count("<td>") == 2, cells
+    assert not re.search(r"<(a|img|code|strong|em)\b", cells), cells
+    assert markdown_text("Certified: harm_at_all ≤ -0.5.") == "Certified: harm_at_all ≤ -0.5."
+
+
+def test_notes_and_artifacts_of_hostile_records() -> None:
+    from tasks.frontier import _markdown
+    from tasks.journal import verdict_markdown
+    from tasks.review import run_note, version_note
+
+    record = small_result(status="infeasible", reason=MARKDOWN, rounds=[], warnings=[MARKDOWN])
+    point = {"limit": 1.0, "settings": {"policy.template": MARKDOWN}, "status": "x", "lambda": None}
+    point |= {"reward": None, "cost": None, "certificate": None}
+    sweep = {"frontier": [point], "failed": [{"name": MARKDOWN, "error": MARKDOWN}], "chosen": None}
+    for text in (run_note(record, {}, ""), version_note(record, "x"), verdict_markdown(record), _markdown(sweep)):
+        html = rendered(text)
+        assert "evil.example" in html
+        assert not re.search(r"<img|<a [^>]*evil|<h1", html), html
+
+
+def test_a_figure_s_names_are_no_formulas(tmp_path: Path) -> None:
+    from cdpo_core.evaluation.figures import drawing
+
+    with drawing(tmp_path / "figure.png") as (panel,):
+        panel.plot([0, 1], label=r"$\undefined{$ and $x")
+        panel.set_title(r"$\frac{$")
+        panel.legend()
+    assert (tmp_path / "figure.png").stat().st_size > 0
+
+
+def test_a_page_shows_control_characters() -> None:
+    from tasks.html_report import page
+
+    text = page("experiment.html").environment.from_string("<b>{{ text }}</b>").render(text=f"{HOSTILE}<i>")
+    assert_plain(text)
+    assert text.endswith("&lt;i&gt;</b>")

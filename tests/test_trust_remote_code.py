@@ -108,6 +108,8 @@ def policy_slice(fields: tuple[str, ...], trusted: bool, **extra: Any) -> Slice:
 def test_a_policy_s_code_runs_with_the_policy_s_switch_alone(tmp_path: Path, marked: Path, marker: Path) -> None:
     sft, read = tmp_path / "sft", PolicyConfig(base="x", trust_remote_code=True)
     pd.DataFrame({"prompt": ["ask"], "response": ["a friend"]}).to_parquet(tmp_path / "demonstrations.parquet")
+    pd.DataFrame({"prompt": ["ask"]}).to_parquet(tmp_path / "prompts.parquet")
+    pd.DataFrame({"response_0": ["a friend"], "response_1": ["no"]}).to_parquet(tmp_path / "preferences.parquet")
     inputs = {"base": marked, "data": tmp_path}
     for trusted in (False, True):
         config = policy_slice(pipeline.SFT.fields, trusted, base="loaded")

@@ -43,6 +43,8 @@ STYLE = {
     "lines.linewidth": 1.8,
     "lines.markersize": 6.5,
     "errorbar.capsize": 3,
+    # A name may hold dollars, which begin no formula.
+    "text.parse_math": False,
 }
 
 
