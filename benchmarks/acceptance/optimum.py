@@ -14,7 +14,7 @@ from acceptance.row import Row
 SEEDS = range(10)
 LIMITS = ("loose", "middle", "tight")
 ORACLE_MEDIAN, ORACLE_WORST, SUPPORT, ORACLE_KEPT = 0.985, 0.96, 0.995, 28
-LEARNED_MEDIAN, SCORER_CEILING, LEARNED_KEPT = 0.98, 0.90, 26
+LEARNED_MEDIAN, SCORER_CEILING, LEARNED_KEPT, LEARNED_CERTIFIED = 0.985, 0.90, 28, 27
 ROUNDS, FLIPS = 2, 2
 BELOW_FLOOR = 0.1
 
@@ -59,10 +59,11 @@ def near_optimum_learned(lab: Lab) -> Row:
         f"scorer_ceiling: median {median(ceilings):.3f}; true cost ≤ limit in {kept} of {len(children)}, of the others "
         f"{unexplained} by more than the calibration error shown; certified {_certified(children)}",
         f"median ≥ {LEARNED_MEDIAN}; scorer_ceiling: median ≥ {SCORER_CEILING}; ≥ {LEARNED_KEPT} of 30, the others "
-        "explained",
+        f"explained; certified ≥ {LEARNED_CERTIFIED}",
         median(shares) >= LEARNED_MEDIAN
         and median(ceilings) >= SCORER_CEILING
         and kept >= LEARNED_KEPT
+        and sum(child["status"] == "certified" for child in children) >= LEARNED_CERTIFIED
         and unexplained == 0,
     )
 
