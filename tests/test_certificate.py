@@ -197,6 +197,7 @@ def test_the_covariate_is_chosen_where_it_helps_and_left_out_where_not() -> None
     alike, other = reference[:200] + rng.normal(0, 0.5, 200), rng.normal(0, 2, 200)
     helped = foresee(alike, reference[:200], reference, 200, 0.0, 0.05, "bounded", high=8.0)
     assert helped.covariate.slope > 0.8
+    assert helped.high == 8.0
     assert helped.spread.sd < 0.75 * alike.std()
     assert helped.half_width < expected_half_width(float(alike.std()), 200, 0.05, room=8.0)
     left = foresee(other, reference[:200], reference, 200, 0.0, 0.05, "bounded", high=8.0)

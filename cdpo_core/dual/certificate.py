@@ -187,9 +187,8 @@ def foresee(
     """
     found = []
     for clip in CLIPS:
-        low, high = np.quantile(pool, [clip, 1 - clip])
-        slope = regression_slope(costs, np.clip(reference, low, high))
-        found.append(Covariate(slope, float(low), float(high)))
+        ends = np.quantile(pool, [clip, 1 - clip])
+        found.append(Covariate(regression_slope(costs, np.clip(reference, *ends)), *map(float, ends)))
 
     def promised(covariate: Covariate) -> Foreseen:
         spread = two_phase_spread(costs, reference, pool, covariate, tested, chance)
