@@ -189,7 +189,8 @@ def _certificates(result: Mapping[str, Any]) -> str:
     if spending:
         note += f" {spending}"
     if decoding := decoding_from(result):
-        note += f" It is about responses drawn at {markdown_text(decoding_words(decoding))}, as generation_config.json says;"
+        drawn = markdown_text(decoding_words(decoding))
+        note += f" It is about responses drawn at {drawn}, as generation_config.json says;"
         note += " another temperature, length or template is another policy."
     if failed := result.get("instrument"):
         note += (
