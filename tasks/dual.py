@@ -277,11 +277,12 @@ def within_reach(
 ) -> list[dict[str, Any]]:
     """How low each cost came, and the tightest limit that would likely be certified (`reach_records`).
 
-    Without a round it is what the reference samples predict at the largest multipliers, never below an exact floor.
+    Without a round it is what the reference samples predict at the largest multipliers, never below theirs or an exact floor.
     """
     most = plan.settings.lambda_max
     predicted = plan.dual.expected(np.full(len(names), most)).costs
-    predicted = np.maximum(predicted, plan.dual.floor() if floor is None else np.asarray(floor))
+    predicted = np.maximum(predicted, plan.dual.floor())
+    predicted = predicted if floor is None else np.maximum(predicted, np.asarray(floor))
     by = f"predicted from the reference's samples at λ = {most:.3g}"
     return reach_records(names, plan.margins, rounds, predicted.tolist(), by)
 
