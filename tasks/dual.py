@@ -277,7 +277,8 @@ def within_reach(
 ) -> list[dict[str, Any]]:
     """How low each cost came, and the tightest limit that would likely be certified (`reach_records`).
 
-    Without a round it is what the reference samples predict at the largest multipliers, never below theirs or an exact floor.
+    Without a round it is what the reference samples predict at the largest multipliers, never below what they hold or
+    an exact floor.
     """
     most = plan.settings.lambda_max
     predicted = plan.dual.expected(np.full(len(names), most)).costs
