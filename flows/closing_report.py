@@ -202,7 +202,8 @@ def _truth(result: Record) -> list[str]:
         best,
         f"  captured {oracle['captured']:.3f} of the possible gain; a certified policy could reach "
         f"{_number(oracle.get('captured_ceiling'), '.3f')}, one with these scorers "
-        f"{_number(oracle.get('scorer_ceiling'), '.3f')}",
+        f"{_number(oracle.get('scorer_ceiling'), '.3f')}, and both together "
+        f"{_number(oracle.get('certified_scorer_ceiling'), '.3f')}",
         *_proxy_gap(oracle.get("proxy_gap") or {}),
     ]
 

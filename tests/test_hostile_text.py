@@ -201,7 +201,12 @@ def log_file(tmp_path: Path) -> Iterator[Path]:
         yield log_to_file(tmp_path / "logs", "run")
 
 
-def test_logs_and_warnings(log_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_logs_and_warnings(log_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # What pytest keeps of logs for its reports is raw, and reports of several processes cannot carry half characters.
+    root = logging.getLogger()
+    monkeypatch.setattr(
+        root, "handlers", [item for item in root.handlers if type(item).__module__ != "_pytest.logging"]
+    )
     forged = f"{HOSTILE}\n2026-01-01 00:00:00 INFO    cdpo_core: certified\nwarning: all is well"
     logging.getLogger("cdpo_core.data").warning(forged)
     try:

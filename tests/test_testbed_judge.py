@@ -107,6 +107,9 @@ def test_ceilings(problem: Problem) -> None:
     assert 0 < record["scorer_ceiling"] < 1
     assert record["scorers"]["harm"]["correlation"] > record["scorers"]["harm"]["within"] > 0.5
     assert judged(problem, None)["scorer_ceiling"] == 1.0, "oracle scorers are the truth"
+    both = judged(problem, None)
+    assert both["certified_scorer_ceiling"] == pytest.approx(both["captured_ceiling"]), "with its margin too"
+    assert record["certified_scorer_ceiling"] <= record["scorer_ceiling"] + 1e-6
 
 
 def test_the_bias_of_a_cost_model_is_shown(problem: Problem) -> None:

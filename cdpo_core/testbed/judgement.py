@@ -73,7 +73,8 @@ def judge(
     record: dict[str, Any] = {
         **_policy_figures(problem, raw if raw is None else raw[~seen], best),
         "captured_ceiling": problem.captured(aimed.log_policy, best) if aimed and aimed.feasible else None,
-        "scorer_ceiling": _scorer_ceiling(problem, held, best),
+        "scorer_ceiling": _scorer_ceiling(problem, held, best, np.zeros(len(margins))),
+        "certified_scorer_ceiling": _scorer_ceiling(problem, held, best, np.asarray(margins)),
         "optimal_reward": best.reward if best.feasible else None,
         "optimal_cost": float(best.costs[0]) if best.feasible else None,
         "optimal_lambda": float(best.lambda_[0]) if best.feasible else None,
@@ -120,11 +121,16 @@ def _policy_figures(problem: Problem, raw: Array | None, best: Optimum) -> dict[
     return dict(zip(names, values, strict=True))
 
 
-def _scorer_ceiling(problem: Problem, learned: tuple[Array, Array] | None, best: Optimum) -> float | None:
-    """Captured by the exact optimum of the learned scorers at the limits in their units; 1 in oracle mode."""
-    if learned is None:
-        return 1.0 if best.feasible else None
-    proxy = exact_optimum(problem.log_ref, *learned, problem.limits, problem.beta)
+def _scorer_ceiling(
+    problem: Problem, learned: tuple[Array, Array] | None, best: Optimum, margins: Array
+) -> float | None:
+    """Captured by the exact optimum of the scorers at the limits, less the margins [m], in the scorers' units."""
+    if not best.feasible:
+        return None
+    if learned is None and not margins.any():
+        return 1.0
+    scores = (problem.reward, problem.costs) if learned is None else learned
+    proxy = exact_optimum(problem.log_ref, *scores, np.asarray(problem.limits) - margins, problem.beta)
     return problem.captured(proxy.log_policy, best) if proxy.feasible else None
 
 
