@@ -109,6 +109,23 @@ def test_one_response_above_the_range_fails_whatever_the_means_are(method: str) 
     assert "cost_high" in outcome.note
 
 
+def test_rounding_at_the_end_of_the_range_is_no_cost_beyond_it() -> None:
+    rng, high = numpy_stream(0, "rounding"), 2.347
+    costs = np.append(rng.normal(-3, 1, 400), np.full(11, high).sum() / 11)
+    assert costs.max() > high
+    assert certify(costs, 0.0, 0.05, high=high, largest=high).passed
+    # w = z − g(x) + the block's mean, with all of g's range between: its end by construction, whatever the digits.
+    costs[:200] = high
+    for covariate in (Covariate(slope, -0.3, 1.1) for slope in rng.random(50)):
+        pool = Pool(np.full(401, -0.3), np.full(802, 1.1), covariate)
+        assert not certify(costs, -1.0, 0.05, high=high, largest=high, pool=pool).passed
+
+
+@pytest.mark.filterwarnings("error")
+def test_costs_that_all_lie_at_the_end_of_the_range_have_their_bound_there() -> None:
+    assert certify(np.full(20, 1.0), 0.0, 0.05, high=1.0).upper == 1.0
+
+
 def test_a_limit_above_every_cost_is_said_to_rule_nothing_out() -> None:
     outcome = certify(np.zeros(30), 12.0, 0.05, high=10.0)
     assert (outcome.passed, outcome.upper) == (True, 10.0)

@@ -188,3 +188,11 @@ def test_a_failure_of_one_cost_leaves_the_others_their_certificates() -> None:
     assert not both.passed
     assert np.isfinite(both.record(0)["upper"])
     assert both.record(0)["decoding"]["temperature"] == 0.5
+
+
+@pytest.mark.parametrize("status", ["certified", "not_certified"])
+def test_what_a_reader_must_know_of_a_test_is_in_the_verdict(status: str) -> None:
+    record = report_kit.result(status=status)
+    assert "Note" not in verdict(record)
+    record["certificate"]["note"] = "the test is not offered"
+    assert verdict(record).endswith(" Note on harm: the test is not offered.")

@@ -80,6 +80,8 @@ def betting_upper_bound(costs: np.ndarray, delta: float, high: float, sd: float,
     if not np.isfinite(costs).all() or costs.max() > high:
         raise ValueError(f"costs must be finite and not above high = {high:g} (largest {costs.max():g})")
     kept, bound = min(float(costs.mean()), high), high
+    if kept == high:
+        return high
     for step in range(REFINEMENTS):
         # Denser near the mean, where the bound of a good number of prompts lies.
         places = (np.arange(CANDIDATES) / CANDIDATES) ** (3 if step == 0 else 1)

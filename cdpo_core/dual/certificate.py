@@ -113,7 +113,7 @@ def certify(
         delta: level of the test, in (0, 0.5).
         method: see above.
         high: largest cost that a response can have: the end of the cost model's range.
-        largest: largest cost of a single response; None takes the largest mean.
+        largest: largest cost of a single response; None takes the largest mean, which else may exceed it by rounding.
         pool: the reference's costs of the pool, in the order of `prompt_costs`; None tests the plain mean.
         sd: deviation foreseen from other prompts (`two_phase_spread`), for the first bets; 0 takes (high − limit)/4.
 
@@ -125,10 +125,12 @@ def certify(
         ValueError: a cost is not finite, or an argument is out of its domain.
     """
     costs = _checked(prompt_costs, delta, method)
+    highest = float(costs.max()) if largest is None else largest
+    # The mean of equal costs at the end of the range may lie a rounding error beyond it.
+    costs = np.minimum(costs, highest)
     pool = pool or Pool(np.zeros(len(costs)), np.zeros(0), NO_COVARIATE)
     values, above = two_phase_costs(costs, pool)
     mean, spread = float(values.mean()), float(values.std(ddof=1))
-    highest = max(float(costs.max()), -math.inf if largest is None else largest)
     foreseen = sd or abs(high - limit) / 4
 
     def outcome(upper: float, *, passed: bool, note: str = "") -> Certificate:
@@ -148,7 +150,8 @@ def certify(
         return outcome(upper, passed=applies and upper <= limit, note="" if applies else NOT_STUDENT)
     # Prompts that lie sorted by kind must not be bet on kind by kind.
     order = numpy_stream(0, "order of bets", len(costs)).permutation(len(costs))
-    upper = min(betting_upper_bound(values[order], delta, high + above, foreseen, limit), high)
+    values = np.minimum(values[order], high + above)
+    upper = min(betting_upper_bound(values, delta, high + above, foreseen, limit), high)
     return outcome(upper, passed=upper <= limit)
 
 

@@ -27,9 +27,16 @@ def verdict(result: Mapping[str, Any]) -> str:
         basis += f"{decoding['max_new_tokens']} tokens"
     if failed := result.get("instrument"):
         return f"Not certified: {limits} could not be measured: {words(failed)}. The bound is {bounds} {basis}."
+    notes = "".join(f" Note on {name}: {text}." for name, text in certificate_notes(result))
     if result["status"] == "certified":
-        return f"Certified: {limits}. The mean cost, as the cost model measures it, is {bounds} {basis}."
-    return f"Not certified: {limits} could not be shown; the bound is {bounds} {basis}."
+        return f"Certified: {limits}. The mean cost, as the cost model measures it, is {bounds} {basis}.{notes}"
+    return f"Not certified: {limits} could not be shown; the bound is {bounds} {basis}.{notes}"
+
+
+def certificate_notes(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a reader must know of single certificates (a test that is not offered, a limit that rules nothing out)."""
+    found = [(item["name"], (item["certificate"] or {}).get("note") or "") for item in result["constraints"]]
+    return [(name, text) for name, text in found if text]
 
 
 def lowest_reached(result: Mapping[str, Any]) -> str:
