@@ -124,10 +124,7 @@ def certify(
         InputError: fewer than two prompts.
         ValueError: a cost is not finite, or an argument is out of its domain.
     """
-    costs = _checked(prompt_costs, delta, method)
-    highest = float(costs.max()) if largest is None else largest
-    # The mean of equal costs at the end of the range may lie a rounding error beyond it.
-    costs = np.minimum(costs, highest)
+    costs, highest = _checked(prompt_costs, delta, method, largest)
     pool = pool or Pool(np.zeros(len(costs)), np.zeros(0), NO_COVARIATE)
     values, above = two_phase_costs(costs, pool)
     mean, spread = float(values.mean()), float(values.std(ddof=1))
@@ -150,8 +147,7 @@ def certify(
         return outcome(upper, passed=applies and upper <= limit, note="" if applies else NOT_STUDENT)
     # Prompts that lie sorted by kind must not be bet on kind by kind.
     order = numpy_stream(0, "order of bets", len(costs)).permutation(len(costs))
-    values = np.minimum(values[order], high + above)
-    upper = min(betting_upper_bound(values, delta, high + above, foreseen, limit), high)
+    upper = min(betting_upper_bound(values[order], delta, high + above, foreseen, limit), high)
     return outcome(upper, passed=upper <= limit)
 
 
@@ -240,7 +236,7 @@ def planned_margin(foreseen: Foreseen, prompts: int, power: float, *, selection_
     return max(foreseen.half_width + chance, 0.0)
 
 
-def _checked(prompt_costs: np.ndarray, delta: float, method: str) -> np.ndarray:
+def _checked(prompt_costs: np.ndarray, delta: float, method: str, largest: float | None) -> tuple[np.ndarray, float]:
     if not 0 < delta < 0.5:
         raise ValueError(f"delta must be in (0, 0.5), not {delta}")
     if method not in ("t", "bounded"):
@@ -254,4 +250,6 @@ def _checked(prompt_costs: np.ndarray, delta: float, method: str) -> np.ndarray:
             where="certificate split",
             fix="use more prompts, or raise data.splits.certificate",
         )
-    return costs
+    # The mean of equal costs at the end of the range may lie a rounding error beyond it.
+    highest = float(costs.max()) if largest is None else largest
+    return np.minimum(costs, highest), highest

@@ -80,7 +80,9 @@ def two_phase_costs(costs: np.ndarray, pool: Pool) -> tuple[np.ndarray, float]:
     deal = numpy_stream(0, "two-phase blocks", count, len(rest)).permutation(np.arange(len(rest)) % count)
     sizes = 1 + np.bincount(deal, minlength=count)
     blocks = (tested + np.bincount(deal, weights=rest, minlength=count)) / sizes
-    return costs - tested + blocks, pool.covariate.reach * (1 - 1 / int(sizes.max()))
+    above = pool.covariate.reach * (1 - 1 / int(sizes.max()))
+    # Rounding leads beyond what the construction allows.
+    return np.minimum(costs - tested + blocks, costs.max() + above), above
 
 
 @dataclass(frozen=True)
