@@ -87,6 +87,13 @@ def test_accents_case_punctuation_and_order_are_spelling() -> None:
     assert words_of("Please!") == ["please"]
 
 
+@pytest.mark.parametrize("threshold", [0.001, 0.995, 1.0])
+def test_every_threshold_that_the_config_takes_can_be_searched(threshold: float) -> None:
+    spelled = ["Repair old boats?", "repair OLD boats", "Buy new maps", "Sell paint"]
+    assert units_of(spelled, threshold)[0] == units_of(spelled, threshold)[1]
+    assert len(set(units_of(spelled, threshold))) == 3
+
+
 def test_what_is_found_is_what_an_exact_comparison_of_all_pairs_finds() -> None:
     chance = np.random.default_rng(3)
     words = [f"w{'abcdefghij'[number % 10] * 2}{'klmnopqrst'[number // 10] * 2}" for number in range(100)]

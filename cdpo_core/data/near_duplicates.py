@@ -26,6 +26,9 @@ from cdpo_core.randomness import numpy_stream
 PERMUTATIONS: Final = 128
 # Of the errors of the search, a pair that it misses is the dearer one: the others are compared and turned away.
 SEARCH_WEIGHTS: Final = (0.1, 0.9)
+HIGHEST_SEARCHED: Final = 0.99
+"""From a higher similarity on the library has no bands; what it finds is compared with the one asked for anyway."""
+
 SLIP_LETTERS: Final = 4
 """Fewest letters of a word in which a slip of one letter is undone."""
 
@@ -158,7 +161,7 @@ def _candidates(
     rates = np.array([weights[word] for word in vocabulary], dtype=np.float32)
     generator = numpy_stream(0, "near duplicates")
     times = generator.standard_exponential((len(vocabulary), PERMUTATIONS), dtype=np.float32) / rates[:, None]
-    search = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, weights=SEARCH_WEIGHTS)
+    search = MinHashLSH(threshold=min(threshold, HIGHEST_SEARCHED), num_perm=PERMUTATIONS, weights=SEARCH_WEIGHTS)
     for index, text in enumerate(texts):
         rows = np.array(sorted(vocabulary[word] for word in text if word in vocabulary), dtype=np.int64)
         if not len(rows):
