@@ -79,7 +79,7 @@ def plan_dual(bench: Workbench, prepared: Prepared, scored: Scored) -> OfflinePl
         target=tuple(target.tolist()),
         limit=tuple(limits.tolist()),
     )
-    warnings = [*below_samples(bench.names, dual, limits), *few_samples(dual, solved)]
+    warnings = [*below_samples(bench.names, dual, limits), *few_samples(dual, solved), *beyond_ends(bench, scored)]
     carry = dual.expected(solved).effective_samples
     price = dual.price_of_limits(limits, config.dual.lambda_max, PRICE_POINTS)
     return OfflinePlan(dual, margins.tolist(), settings, tuple(first.tolist()), warnings, carry, price)
@@ -114,6 +114,7 @@ def corrected_plan(
         said,
     )
     warnings = [*below_samples(bench.names, dual, np.asarray(plan.settings.limit)), *few_samples(dual, first)]
+    warnings += beyond_ends(bench, scored)
     carry = dual.expected(first).effective_samples
     return replace(plan, first_lambda=tuple(first.tolist()), warnings=warnings, effective_samples=carry)
 
@@ -245,6 +246,20 @@ def cost_ends(bench: Workbench, scored: Scored) -> dict[str, float]:
     reports = scorer_reports(bench, scored.scorers)
     own = {name: (reports.get(name) or {}).get("ceiling") for name in bench.names}
     return {name: bench.config.certificate.cost_high if end is None else end for name, end in own.items()}
+
+
+def beyond_ends(bench: Workbench, scored: Scored) -> list[str]:
+    """A warning where a reference response costs more than a response may: one of the policy's would fail the test."""
+    scores, ends = bench.table(scored.pool_scores, "scores"), cost_ends(bench, scored)
+    largest = {name: float(scores[f"cost_{name}"].max()) for name in bench.names}
+    beyond = [f"{name} {largest[name]:.3g}" for name in bench.names if largest[name] > ends[name]]
+    if not beyond:
+        return []
+    return [
+        f"reference responses cost up to {', '.join(beyond)}, more than certificate.cost_high "
+        f"({bench.config.certificate.cost_high:g}): one such response fails the test; set it to the largest cost that "
+        "the cost model can give"
+    ]
 
 
 def candidate(

@@ -25,6 +25,7 @@ from cdpo_core.evaluation.measure import Measured
 from cdpo_core.evaluation.metrics import Estimate
 from cdpo_core.evaluation.result import verdict
 from tasks import evaluation
+from tasks.dual import beyond_ends
 from tasks.evaluation import Certified, examined
 from tasks.ledger import Share
 from tasks.metric_points import result_points, result_tags, round_points
@@ -196,3 +197,14 @@ def test_what_a_reader_must_know_of_a_test_is_in_the_verdict(status: str) -> Non
     assert "Note" not in verdict(record)
     record["certificate"]["note"] = "the test is not offered"
     assert verdict(record).endswith(" Note on harm: the test is not offered.")
+
+
+@pytest.mark.parametrize(("largest", "said"), [(9.9, False), (12.5, True)])
+def test_costs_beyond_the_assumed_end_are_warned_of_before_the_training(largest: float, said: bool) -> None:
+    table = pd.DataFrame({"cost_harm": [-1.0, largest]})
+    config = types.SimpleNamespace(certificate=types.SimpleNamespace(cost_high=10.0))
+    bench: Any = types.SimpleNamespace(names=["harm"], config=config, table=lambda ref, name: table)
+    scored: Any = types.SimpleNamespace(scorers=[], pool_scores=None)
+    lines = beyond_ends(bench, scored)
+    assert bool(lines) == said
+    assert all("harm 12.5, more than certificate.cost_high (10)" in line for line in lines)
