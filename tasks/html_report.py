@@ -268,7 +268,12 @@ def _truth(result: Record) -> Table:
         )
         notes.append(
             f"The policy captures {100 * oracle['captured']:.1f} % of what the exact optimum gains over the reference; "
-            f"with the certificate's margin {100 * oracle['captured_ceiling']:.1f} % could be captured. "
+            f"with the certificate's margin {_in_percent(oracle['captured_ceiling'])} could be captured. "
             f"{100 * oracle['support_mass']:.1f} % of its answers are on the grammar. No decision reads any of this."
         )
     return table(["", "true reward", "true cost", "λ"], rows, notes)
+
+
+def _in_percent(share: float | None) -> str:
+    """A share to a tenth of a percent; where the target lies below the floor, nothing could be captured at it."""
+    return "nothing" if share is None else f"{100 * share:.1f} %"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from cdpo_core.dual.bounds import betting_upper_bound, student_upper_bound
 from cdpo_core.dual.two_phase import (
@@ -142,9 +142,10 @@ def certify(
         note = f"the limit is not below {high:.3g}, the largest cost that this cost model gives: it rules nothing out"
         return outcome(high, passed=True, note=note)
     if method == "t":
-        upper = student_upper_bound(values, delta)
+        # Refused, it bounds nothing but by the end of the range.
         applies = student_applies(spread, len(costs), high + above - limit)
-        return outcome(upper, passed=applies and upper <= limit, note="" if applies else NOT_STUDENT)
+        upper = student_upper_bound(values, delta) if applies else high
+        return outcome(upper, passed=upper <= limit, note="" if applies else NOT_STUDENT)
     # Prompts that lie sorted by kind must not be bet on kind by kind.
     order = numpy_stream(0, "order of bets", len(costs)).permutation(len(costs))
     upper = min(betting_upper_bound(values[order], delta, high + above, foreseen, limit), high)
@@ -211,7 +212,7 @@ def expected_half_width(sd: float, prompts: int, delta: float, method: Method = 
     """
     if method == "t":
         return float(stats.t.ppf(1 - delta, prompts - 1)) * sd / math.sqrt(prompts)
-    normal = NORMAL_FACTOR * float(stats.norm.ppf(1 - delta)) * sd / math.sqrt(prompts)
+    normal = NORMAL_FACTOR * float(special.ndtri(1 - delta)) * sd / math.sqrt(prompts)
     return math.hypot(normal, RANGE_FACTOR * max(room, 0.0) * -math.log(delta) / prompts)
 
 
