@@ -15,7 +15,7 @@ import torch
 from command_line_kit import Said, command_line
 from safetensors.torch import save_file
 from servers_s3 import free_port
-from test_data_input import DROP, changed, content, empty_folder, everywhere, lines, pair_rows, repeated, write_lines
+from test_data_input import content, empty_folder, everywhere, lines, pair_rows, repeated, write_lines
 
 Arguments = Callable[[Path], list[str]]
 
@@ -113,10 +113,8 @@ ROWS: dict[str, tuple[Arguments, str, str, str]] = {
         data(content("pairs.csv", lines("prompt,response_0,better_response_id", "a,b,0"))),
         "missing for the format pku_saferlhf: response_1", "pairs.csv", "",
     ),
-    "field missing in one row": (data(changed(7, response_1=DROP)), "missing", "pairs.jsonl:7, field `response_1`", ""),
-    "wrong type": (data(changed(3, prompt=12)), "must be text", "pairs.jsonl:3, field `prompt`", ""),
-    "id out of range": (
-        data(changed(5, better_response_id=2)), "and is 2", "pairs.jsonl:5, field `better_response_id`", ""
+    "wrong type in many rows": (
+        data(everywhere(0.1, prompt=12)), "12 ", "pairs.jsonl:1", "data.max_quarantined (now 0.02)",
     ),
     "both labels absent": (
         data(everywhere(0.1, better_response_id=None, safer_response_id=None)), "12 no label", "pairs.jsonl:1",

@@ -19,6 +19,7 @@ from chain_kit import (
     trajectory,
 )
 
+from cdpo_core.dual.spending import share_of
 from tasks.storage import open_store
 
 pytestmark = pytest.mark.slow
@@ -110,13 +111,13 @@ def test_limit_below_the_exact_floor_is_infeasible_at_once(finished: Finished, o
     assert result["reachable"]["floor"] > LOWEST
     assert result["rounds"] == []
     assert result["policy"] is result["certificate"] is result["oracle"]["captured"] is None
-    assert f"{result['reachable']['floor']:.3f}" in result["verdict"]
+    assert f"{result['reachable']['lowest']:.3f}" in result["verdict"]
 
 
 def test_first_lambda_is_told_by_how_far_the_policy_at_zero_came(finished: Finished, again: Again) -> None:
     """Sixty steps do not reach what the samples promise, so the multiplier that keeps the limit is larger."""
     starts = {
-        start: run_here(finished.home, "--dual.start", start, "--dual.rounds", "1")[1]
+        start: run_here(finished.home, "--dual.start", start, "--dual.rounds", "1", "--limit", "0.4")[1]
         for start in ("offline", "corrected")
     }
     (offline,), (corrected,) = (trajectory(starts[start]) for start in ("offline", "corrected"))
@@ -195,7 +196,8 @@ def test_sweep_draws_the_frontier_beside_the_exact_one(swept: tuple[Path, int, d
     home, _, result = swept
     assert [point["limit"] for point in result["frontier"]] == result["limits"]
     assert result["exact_frontier"]
-    assert result["chosen"]["delta"] == pytest.approx(0.05 / 3)
+    uses = result["children"][0]["certificate"]["uses"]
+    assert result["chosen"]["delta"] == pytest.approx(share_of(0.05, uses, "squares", 3))
     assert "figures/frontier.png" in _files_in_mlflow(home, result["tracking"]["run_id"])
 
 

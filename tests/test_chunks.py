@@ -123,6 +123,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
+TRUSTED = {"policy": {"trust_remote_code": False}}
 SAMPLED = Slice(
     {
         "seed": 3,
@@ -144,9 +145,9 @@ def stages(inputs: dict[str, Path]) -> dict[str, Run]:
     scored = {"data": data, "responses": responses, "scorers_0": scorers}
 
     def policy(out: Path, runtime: Runtime) -> None:
-        enumerate_reference(Slice({"evaluation": {"judged_prompts": 2}}), testbed, out, Runtime())
+        enumerate_reference(Slice({"evaluation": {"judged_prompts": 2}, **TRUSTED}), testbed, out, Runtime())
         enumerate_policy(
-            Slice({}), {"data": inputs["testbed"], "enumeration": out, "policy": inputs["tested"]}, out, runtime
+            Slice(TRUSTED), {"data": inputs["testbed"], "enumeration": out, "policy": inputs["tested"]}, out, runtime
         )
 
     return {
@@ -156,7 +157,7 @@ def stages(inputs: dict[str, Path]) -> dict[str, Run]:
         "scoring": lambda out, runtime: score_responses(SCORED, scored, out, runtime),
         "pairs": lambda out, runtime: dataset_responses(pairs, {"data": data, "reference": reference}, out, runtime),
         "enumeration": lambda out, runtime: enumerate_reference(
-            Slice({"evaluation": {"judged_prompts": 2}}), testbed, out, runtime
+            Slice({"evaluation": {"judged_prompts": 2}, **TRUSTED}), testbed, out, runtime
         ),
         "policy-enumeration": policy,
     }
