@@ -18,7 +18,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from playwright.sync_api import BrowserContext, ConsoleMessage, Page, Request, expect, sync_playwright
+from playwright.sync_api import BrowserContext, ConsoleMessage, Page, Playwright, Request, expect, sync_playwright
 from servers_needed import needed
 
 FLAGS = [
@@ -37,12 +37,31 @@ PATIENCE_MS = 300_000
 PICTURES = os.environ.get("CDPO_SCREENSHOTS", "")
 
 
+_drivers: list[Playwright] = []
+_browsers = 0
+
+
+@contextmanager
+def _driver() -> Iterator[Playwright]:
+    """Playwright's process, shared by all browsers that are open at once: a thread cannot have a second one."""
+    global _browsers
+    if not _browsers:
+        _drivers.append(sync_playwright().start())
+    _browsers += 1
+    try:
+        yield _drivers[-1]
+    finally:
+        _browsers -= 1
+        if not _browsers:
+            _drivers.pop().stop()
+
+
 @contextmanager
 def browser(*, reach_out: bool = False, flags: Sequence[str] = ()) -> Iterator[BrowserContext]:
     """A browser that has been nowhere and, unless it may `reach_out`, can reach this machine only."""
     program = needed("chromium", "chromium")
     expect.set_options(timeout=PATIENCE_MS)
-    with sync_playwright() as playwright:
+    with _driver() as playwright:
         running = playwright.chromium.launch(executable_path=program, args=[*FLAGS, *flags])
         try:
             context = running.new_context(viewport={"width": WIDTH, "height": HEIGHT})
