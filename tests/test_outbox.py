@@ -163,7 +163,7 @@ def test_what_was_kept_is_sent_in_order_once_the_server_is_back(
         _send_everything(tracker, run_id, tmp_path)
     assert tracker.kept() == 9
     assert kept_entries(store) == {mlflow.address: 9}
-    assert sum("kept in the store" in record.message for record in caplog.records) == 1
+    assert sum("is kept in the store and sent later" in record.message for record in caplog.records) == 1
 
     mlflow.start()
     assert tracker.deliver(30) == 0
