@@ -157,11 +157,8 @@ class Store(Protocol):
 
 def file_sha256(path: Path) -> str:
     """sha256 of a file's bytes, hex."""
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while block := stream.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 _hashed: dict[str, tuple[tuple[int, int, int], str]] = {}

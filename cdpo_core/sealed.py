@@ -13,7 +13,6 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-BLOCK = 1 << 20
 SUFFIX = ".safetensors"
 
 
@@ -43,8 +42,5 @@ def sealed_files(folder: Path, stem: str) -> Iterator[Path]:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while block := stream.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -91,18 +91,17 @@ def children_of(combinations: Sequence[Combination], limits: Sequence[float]) ->
 
     All of them are one family of tests, which has one share of δ (`tasks.ledger`) and is known by its whole grid.
     """
-    inputs = [open_workbench(item.config).external_digests() for item in combinations]
     grid = [
-        (item, at, with_limit(item.config, limit, item.settings))
+        (item, at, with_limit(item.config, limit, item.settings), inputs)
         for item in combinations
+        for inputs in [open_workbench(item.config).external_digests()]
         for at, limit in enumerate(limits)
     ]
-    digests = [found for found in inputs for _ in limits]
-    family = family_key([(config, found) for (_, _, config), found in zip(grid, digests, strict=True)])
+    family = family_key((alone, inputs) for _, _, alone, inputs in grid)
     children = []
-    for (item, at, alone), found in zip(grid, digests, strict=True):
+    for item, at, alone, inputs in grid:
         config = in_family(alone, family, len(grid))
-        children.append(Child((*item.place, at), item.settings, limits[at], config, experiment_key(config, found)))
+        children.append(Child((*item.place, at), item.settings, limits[at], config, experiment_key(config, inputs)))
     return children
 
 

@@ -234,10 +234,12 @@ def check_data(
     """Check a data set and show what it holds."""
     experiment = _load("", {**(overrides or {}), "data.source": file}, limit=ANY_LIMIT)
     from cdpo_core.data.lengths import length_lines
-    from cdpo_core.data.prepare import check_source
+    from cdpo_core.data.prepare import check_source, prepare
+    from cdpo_core.data.sources import locate
 
-    report = check_source(experiment)
-    for line in replace(report, notes=(*report.notes, *length_lines(experiment))).lines():
+    prepared = None if experiment.on_testbed else prepare(locate(experiment.data), experiment)
+    report = check_source(experiment, prepared)
+    for line in replace(report, notes=(*report.notes, *length_lines(experiment, prepared))).lines():
         _stdout().print(one_line(line), soft_wrap=True)
     return DONE
 

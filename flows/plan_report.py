@@ -48,9 +48,7 @@ def print_plan(plan: Mapping[str, Any], config: ExperimentConfig, console: Conso
         console.print(_price(plan["price"], config))
     for item in plan.get("reach") or []:
         said = f"the tightest limit on {item['name']} that would likely be certified: {item['certifiable']:.2f}"
-        console.print(
-            f"{said} (lowest mean cost {item['lowest']:.2f}, {item['lowest_by']})", markup=False, soft_wrap=True
-        )
+        console.print(f"{said} (lowest mean cost {item['lowest']:.2f}, {item['lowest_by']})", soft_wrap=True)
 
 
 def _price(rows: Sequence[Mapping[str, Any]], config: ExperimentConfig) -> Table:

@@ -79,10 +79,9 @@ def plan_dual(bench: Workbench, prepared: Prepared, scored: Scored) -> OfflinePl
         target=tuple(target.tolist()),
         limit=tuple(limits.tolist()),
     )
-    warnings = [*below_samples(bench.names, dual, limits), *few_samples(dual, solved), *beyond_ends(bench, scored)]
-    carry = dual.expected(solved).effective_samples
     price = dual.price_of_limits(limits, config.dual.lambda_max, PRICE_POINTS)
-    return OfflinePlan(dual, margins.tolist(), settings, tuple(first.tolist()), warnings, carry, price)
+    told = _told(bench, scored, dual, solved)
+    return OfflinePlan(dual, margins.tolist(), settings, tuple(first.tolist()), price=price, **told)
 
 
 def corrected_plan(
@@ -113,10 +112,14 @@ def corrected_plan(
         dual.beta,
         said,
     )
-    warnings = [*below_samples(bench.names, dual, np.asarray(plan.settings.limit)), *few_samples(dual, first)]
-    warnings += beyond_ends(bench, scored)
-    carry = dual.expected(first).effective_samples
-    return replace(plan, first_lambda=tuple(first.tolist()), warnings=warnings, effective_samples=carry)
+    return replace(plan, first_lambda=tuple(first.tolist()), **_told(bench, scored, dual, first))
+
+
+def _told(bench: Workbench, scored: Scored, dual: OfflineDual, lambda_: np.ndarray) -> dict[str, Any]:
+    """A plan's warnings and effective samples, where the dual predicts a policy at this lambda."""
+    limits = np.array([item.limit for item in bench.config.constraints])
+    warnings = [*below_samples(bench.names, dual, limits), *few_samples(dual, lambda_), *beyond_ends(bench, scored)]
+    return {"warnings": warnings, "effective_samples": dual.expected(lambda_).effective_samples}
 
 
 def offline_dual(bench: Workbench, scored: Scored) -> OfflineDual:

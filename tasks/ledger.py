@@ -18,9 +18,9 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any
 
-from cdpo_core.artifacts import ArtifactRef
+from cdpo_core.artifacts import ArtifactRef, Store
 from cdpo_core.config import EvaluationConfig, ExperimentConfig, SamplingConfig
 from cdpo_core.data.schema import normalised
 from cdpo_core.dual.spending import Entry, Spending, share_of, uses
@@ -37,28 +37,11 @@ DIGITS = 12
 READERS = 16
 
 
-class Records(Protocol):
-    """The part of a store that the ledger needs."""
-
-    def put_record(self, name: str, record: dict[str, Any]) -> bool:
-        """Write a record only if absent; False if it was there already."""
-        ...
-
-    def get_record(self, name: str) -> dict[str, Any] | None:
-        """Read a record, or None."""
-        ...
-
-    def record_names(self, prefix: str) -> list[str]:
-        """Sorted names of the records whose name starts with `prefix`."""
-        ...
-
-
 @dataclass(frozen=True)
 class Use:
     """A family's use of some prompts.
 
     Attributes:
-        slot: the name of its record; "" when it is only foreseen.
         family: whose it is.
         uses: k, which use of these prompts it is.
         tests: m, how many tests the family may make at its share.
@@ -72,7 +55,7 @@ class Use:
 class Ledger:
     """The uses of held-out prompts in one store; safe for many processes at once."""
 
-    def __init__(self, store: Records) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
         self._records: dict[str, dict[str, Any]] = {}
         self._sets: dict[str, frozenset[str] | None] = {}
@@ -269,8 +252,10 @@ def _use(bench: Workbench, prepared: Prepared, scored: Scored, family: str) -> U
     rules = bench.config.certificate
     place = f"{family} {prepared.data.digest} {scored.splits.digest}"
     if place not in bench.uses_drawn:
-        texts = _prompt_digests(bench, prepared)
-        prompts = set(texts.values()) if rules.family else _certificate_prompts(bench, prepared, scored)
+        if rules.family:
+            prompts = set(_prompt_digests(bench, prepared).values())
+        else:
+            prompts = _certificate_prompts(bench, prepared, scored)
         ledger, tests = Ledger(bench.store), rules.family_tests if rules.family else 1
         if not bench.enters:
             return ledger.foreseen(family, prompts, tests)

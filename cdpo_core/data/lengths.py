@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from cdpo_core.data.prepare import RESPONSES, prepare
+from cdpo_core.data.prepare import RESPONSES, Prepared, prepare
 from cdpo_core.data.sources import locate
 from cdpo_core.evaluation.cuts import cut_warnings, policy_cuts, policy_lines
 from cdpo_core.models.checkpoints import hub_options, is_local
@@ -17,16 +17,20 @@ from cdpo_core.models.tokenizer import train_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from cdpo_core.config import ExperimentConfig
+    from cdpo_core.config import ExperimentConfig, PolicyConfig
 
 # Texts from which the tokenizer is estimated that a policy from scratch will train.
 SAMPLE = 400
 
 
-def length_lines(config: ExperimentConfig) -> list[str]:
+def length_lines(config: ExperimentConfig, prepared: Prepared | None = None) -> list[str]:
     """What the lengths would cut, in lines; more than a twentieth of the texts is a warning among them.
 
     A policy from scratch trains its tokenizer on the data: there the counts are estimates by one of a part.
+
+    Args:
+        config: the experiment's.
+        prepared: its data, where it has been read already.
 
     Raises:
         InputError: the data cannot be used, or the policy's template cannot write its prompts.
@@ -34,17 +38,14 @@ def length_lines(config: ExperimentConfig) -> list[str]:
     policy = config.policy
     if config.on_testbed:
         return ["how many prompts the policy's lengths cut is known once the testbed's tokenizer is trained"]
-    prepared = prepare(locate(config.data), config)
+    prepared = prepared or prepare(locate(config.data), config)
     prompts = prepared.prompts["prompt"].tolist()
     responses = pd.concat([prepared.validated.frame[side] for side in RESPONSES]).tolist()
     scratch = policy.base == "scratch"
     tokenizer = _estimated(prompts, responses, policy.vocabulary_size) if scratch else _present(config)
     if tokenizer is None:
         return ["how many prompts the policy's lengths cut is known once its tokenizer is downloaded"]
-    freeze_date(tokenizer, policy.template_date)
-    check_text(tokenizer, policy.template)
-    writer = Policy(None, tokenizer, policy.template, policy.max_prompt_tokens, policy.max_response_tokens)
-    counts = policy_cuts(writer, prompts, responses)
+    counts = policy_cuts(_writer(tokenizer, policy), prompts, responses)
     about = "; estimated, since the tokenizer is trained in the run" if scratch else ""
     return [*policy_lines(counts, about), *(f"warning: {line}" for line in cut_warnings({"policy": counts}))]
 
@@ -63,10 +64,15 @@ def check_policy_text(config: ExperimentConfig) -> None:
     except (OSError, ValueError):
         return  # what cannot be loaded is said where the whole model is
     if tokenizer is not None:
-        freeze_date(tokenizer, policy.template_date)
-        check_text(tokenizer, policy.template)
-        writer = Policy(None, tokenizer, policy.template, policy.max_prompt_tokens, policy.max_response_tokens)
-        writer.encode_prompts(["a prompt longer than any template leaves room for " * policy.max_prompt_tokens])
+        longer = "a prompt longer than any template leaves room for " * policy.max_prompt_tokens
+        _writer(tokenizer, policy).encode_prompts([longer])
+
+
+def _writer(tokenizer: PreTrainedTokenizerBase, policy: PolicyConfig) -> Policy:
+    """The policy as far as it writes text: without a model."""
+    freeze_date(tokenizer, policy.template_date)
+    check_text(tokenizer, policy.template)
+    return Policy(None, tokenizer, policy.template, policy.max_prompt_tokens, policy.max_response_tokens)
 
 
 def _estimated(prompts: list[str], responses: list[str], size: int) -> PreTrainedTokenizerBase:

@@ -20,6 +20,7 @@ from itertools import pairwise
 from typing import Final
 
 import numpy as np
+from scipy.cluster.hierarchy import DisjointSet
 
 from cdpo_core.randomness import numpy_stream
 
@@ -57,23 +58,25 @@ def prompt_units(
         [P] labels: the smallest prompt id of the unit, so that they hang on content alone.
     """
     names = list(prompt_ids)
-    sets = _Sets(len(names))
+    sets = DisjointSet(range(len(names)))
     members: dict[str, int] = {}
     place = {name: index for index, name in enumerate(names)}
     for name, labels in groups.items():
         for label in labels:
-            sets.join(members.setdefault(label, place[name]), place[name])
+            sets.merge(members.setdefault(label, place[name]), place[name])
     if threshold > 0:
         for left, right in near_duplicates(prompts, threshold, sets):
-            sets.join(left, right)
+            sets.merge(left, right)
     first: dict[int, str] = {}
     for index, name in enumerate(names):
-        root = sets.root(index)
+        root = sets[index]
         first[root] = min(first.get(root, name), name)
-    return [first[sets.root(index)] for index in range(len(names))]
+    return [first[sets[index]] for index in range(len(names))]
 
 
-def near_duplicates(prompts: Sequence[str], threshold: float, joined: _Sets | None = None) -> Iterator[tuple[int, int]]:
+def near_duplicates(
+    prompts: Sequence[str], threshold: float, joined: DisjointSet | None = None
+) -> Iterator[tuple[int, int]]:
     """Pairs of places in `prompts` whose similarity is at least `threshold`.
 
     Enough of them that their connected components are all near duplicates': of prompts with the same words each is
@@ -95,12 +98,12 @@ def near_duplicates(prompts: Sequence[str], threshold: float, joined: _Sets | No
     distinct = [(words, places[0]) for words, places in same.items()]
     weights = word_weights([words for words, _ in distinct])
     known = dict(distinct)
-    sets = joined or _Sets(len(prompts))
+    sets = joined or DisjointSet(range(len(prompts)))
     ordered = list(known)
     for left, right in _candidates(ordered, weights, threshold):
         first, second = known[ordered[left]], known[ordered[right]]
-        if sets.root(first) != sets.root(second) and similarity(ordered[left], ordered[right], weights) >= threshold:
-            sets.join(first, second)
+        if not sets.connected(first, second) and similarity(ordered[left], ordered[right], weights) >= threshold:
+            sets.merge(first, second)
             yield first, second
 
 
@@ -170,22 +173,3 @@ def _candidates(
         for other in sorted(search.query(signature)):
             yield other, index
         search.insert(index, signature, check_duplication=False)
-
-
-class _Sets:
-    """Disjoint sets of places, joined two by two."""
-
-    def __init__(self, size: int) -> None:
-        self._parent = list(range(size))
-
-    def root(self, index: int) -> int:
-        """The place that stands for the set of this one."""
-        while self._parent[index] != index:
-            self._parent[index] = self._parent[self._parent[index]]
-            index = self._parent[index]
-        return index
-
-    def join(self, left: int, right: int) -> None:
-        """Make one set of the two."""
-        left, right = sorted((self.root(left), self.root(right)))
-        self._parent[right] = left

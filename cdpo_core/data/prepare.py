@@ -73,8 +73,12 @@ def prepare_data(config: Slice, inputs: Mapping[str, Path], out: Path, runtime: 
     runtime.progress("writing", 2, 2)
 
 
-def check_source(config: ExperimentConfig) -> DataReport:
+def check_source(config: ExperimentConfig, prepared: Prepared | None = None) -> DataReport:
     """Everything about the data that can be checked without computing, and what it holds.
+
+    Args:
+        config: the experiment's.
+        prepared: its data, where it has been read already.
 
     Raises:
         InputError: as `prepare_data`; or the labels that a model is to be trained on are absent.
@@ -83,7 +87,7 @@ def check_source(config: ExperimentConfig) -> DataReport:
         splits = split_sizes(config.testbed.prompts, config.data.splits, config.data.held_out)
         refuse_small(splits, config.testbed.prompts)
         return DataReport("testbed", prompts=config.testbed.prompts, units=config.testbed.prompts, splits=splits)
-    prepared = prepare(locate(config.data), config)
+    prepared = prepared or prepare(locate(config.data), config)
     report = _report(prepared)
     _refuse_unlabelled(config, prepared)
     return replace(report, notes=tuple(_notes(report)))

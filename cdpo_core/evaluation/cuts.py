@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 FILE: Final = "cut.json"
 MANY: Final = 0.05
-"""The share of cut texts above which it is a warning."""
+"""The share of cut texts, and of cut responses, above which it is a warning."""
 
 Counts = Mapping[str, Any]
 

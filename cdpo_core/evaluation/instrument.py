@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from cdpo_core.evaluation.cuts import MANY
 from cdpo_core.evaluation.metrics import Estimate
 
 CHANCE = 0.5
@@ -19,8 +20,6 @@ CHANCE = 0.5
 LEAST_SPREAD = 1e-5
 # More than every second response without an end, as surely as an interval says: what was certified are fragments.
 MOST_UNFINISHED = 0.5
-# From here on it is said, everywhere.
-NOTED_SHARE = 0.05
 # An interval of 95 % in standard errors.
 ERRORS = 1.96
 
@@ -183,21 +182,18 @@ def same_tokens_warning(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def unfinished_warning(label: str, unfinished: Estimate | Mapping[str, float] | None) -> list[str]:
+def unfinished_warning(label: str, unfinished: Estimate | None) -> list[str]:
     """A line where more than 5 % of a measurement's responses were cut.
 
     Args:
         label: whose responses: `the reference`.
         unfinished: the share, or None where it is not known.
     """
-    if unfinished is None:
-        return []
-    share = unfinished.mean if isinstance(unfinished, Estimate) else unfinished["mean"]
-    if share <= NOTED_SHARE:
+    if unfinished is None or unfinished.mean <= MANY:
         return []
     return [
-        f"{100 * share:.0f} % of {label}'s responses were cut before they ended: their rewards and costs are those of "
-        "fragments; raise policy.max_response_tokens"
+        f"{100 * unfinished.mean:.0f} % of {label}'s responses were cut before they ended: their rewards and costs are "
+        "those of fragments; raise policy.max_response_tokens"
     ]
 
 

@@ -108,13 +108,12 @@ def fit(
             decay = min(schedule.averaging, (1 + step) / (10 + step))
             torch._foreach_lerp_(averages, [value.detach() for value in values], 1 - decay)
         done = step + 1
-        if done % record_every == 0 or done == schedule.steps:
+        is_recorded = done % record_every == 0 or done == schedule.steps
+        if is_recorded:
             count = done - (records[-1]["step"] if records else 0)
             records.append({"step": done, **{name: value / count for name, value in window.items()}})
             window = {}
-            checkpoint.save(done, records, window)
-            saved = time.monotonic()
-        elif time.monotonic() - saved >= CHECKPOINT_SECONDS:
+        if is_recorded or time.monotonic() - saved >= CHECKPOINT_SECONDS:
             checkpoint.save(done, records, window)
             saved = time.monotonic()
         if done % report_every == 0 or done == schedule.steps:

@@ -130,7 +130,7 @@ def _scorer_ceiling(
     if learned is None and not margins.any():
         return 1.0
     scores = (problem.reward, problem.costs) if learned is None else learned
-    proxy = exact_optimum(problem.log_ref, *scores, np.asarray(problem.limits) - margins, problem.beta)
+    proxy = exact_optimum(problem.log_ref, *scores, (np.asarray(problem.limits) - margins).tolist(), problem.beta)
     return problem.captured(proxy.log_policy, best) if proxy.feasible else None
 
 
